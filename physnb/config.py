@@ -1,0 +1,260 @@
+"""Names, settings and presets that every other module shares.
+
+Shape letters used in annotations throughout the package:
+``batch`` clips, ``time`` frames, ``height`` and ``width`` pixels, ``disc`` objects, ``axis`` (x, y),
+``layer`` transformer blocks, ``head`` attention heads, ``token`` space-time patches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+SCENARIOS = ("uniform", "parabola", "collision")
+SPLITS = ("train", "id", "ood")  # "id" has the ranges of "train" and other clips
+PERTURBATION_KINDS = ("identity",)
+SOLVERS = ("euler", "heun", "unipc", "dpmsolver++")
+
+
+class HeadId(NamedTuple):
+    """One attention head, printed `L3H7`."""
+
+    layer: int
+    head: int
+
+    def __str__(self) -> str:
+        return f"L{self.layer}H{self.head}"
+
+    @classmethod
+    def parse(cls, text: str) -> HeadId:
+        """The head that `text` names; raises ValueError unless it reads like `L3H7`."""
+        match = re.fullmatch(r"L(\d+)H(\d+)", text.strip())
+        if match is None:
+            raise ValueError(f"head {text!r} is not of the form L<layer>H<head>, for example L3H7")
+        return cls(int(match[1]), int(match[2]))
+
+
+HeadSet = tuple[HeadId, ...]
+
+
+def head_set(heads: str | Iterable[HeadId | str | tuple[int, int]]) -> HeadSet:
+    """A sorted, hashable set of heads, from HeadIds, pairs, names or one comma-separated string.
+
+    >>> [str(head) for head in head_set("L3H7,L0H1,L3H7")]
+    ['L0H1', 'L3H7']
+    """
+    if isinstance(heads, str):
+        heads = [name for name in heads.split(",") if name.strip()]
+    return tuple(sorted({HeadId.parse(h) if isinstance(h, str) else HeadId(*h) for h in heads}))
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError(message) unless `condition`: the one form of input check in the package."""
+    if not condition:
+        raise ValueError(message)
+
+
+def choose(name: str, value: str, allowed: Iterable[str]) -> str:
+    """`value` if it is one of `allowed`; otherwise a ValueError that names what is."""
+    allowed = tuple(allowed)
+    require(value in allowed, f"unknown {name} {value!r}; choose one of {', '.join(allowed)}")
+    return value
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """What is done to the heads of the weak pass.
+
+    heads: which heads; strength u in [0, 1]: 0 leaves attention untouched, 1 replaces it by `kind`.
+    kind "identity" is PAG (every token attends to itself alone); u < 1 is SoftPAG.
+    """
+
+    heads: HeadSet
+    strength: float = 1.0
+    kind: str = "identity"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "heads", head_set(self.heads))
+        choose("perturbation kind", self.kind, PERTURBATION_KINDS)
+        require(0 <= self.strength <= 1, f"perturbation strength u must be in [0, 1], got {self.strength}")
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Excess weights of the one guidance formula; 0 is off everywhere.
+
+    `pred = C + text_weight (C - U) + sum_i weight_i (C - P_i)`, with C the conditional prediction,
+    U the one without caption, P_i the one with `perturbation_i`. A published CFG scale w is text_weight = w - 1.
+    """
+
+    text_weight: float = 0.0
+    weak: tuple[tuple[float, Perturbation], ...] = ()
+
+    @classmethod
+    def from_heads(cls, heads: HeadSet | str, weight: float, strength: float = 1.0) -> Guidance:
+        """Guidance away from the model whose `heads` are broken."""
+        return cls(weak=((weight, Perturbation(head_set(heads), strength)),))
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a VideoDiT; the counts are tokens, channels and layers, not bytes."""
+
+    frames: int = 16
+    size: int = 32  # pixels, height and width
+    patch: tuple[int, int, int] = (2, 8, 8)  # frames, rows, columns of one token
+    channels: int = 3
+    width: int = 128  # channels of a token
+    depth: int = 6  # transformer blocks
+    heads: int = 8  # attention heads of a block
+    mlp_ratio: float = 4.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "patch", tuple(self.patch))
+        for name in ("frames", "size", "channels", "width", "depth", "heads"):
+            require(getattr(self, name) > 0, f"model {name} must be positive, got {getattr(self, name)}")
+        patch_t, patch_h, patch_w = self.patch
+        require(
+            self.frames % patch_t == 0 and self.size % patch_h == 0 and self.size % patch_w == 0,
+            f"patch {self.patch} must divide frames {self.frames} and size {self.size}",
+        )
+        require(
+            self.width % self.heads == 0 and (self.width // self.heads) % 2 == 0 and self.width // self.heads >= 6,
+            f"width {self.width} must split into {self.heads} heads of an even size of at least 6",
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a VideoDiT is trained; everything that decides the weights, and nothing else."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    scenarios: tuple[str, ...] = SCENARIOS
+    scenario_weights: tuple[float, ...] = (1.0, 1.0, 2.0)  # collisions are the hardest
+    steps: int = 3000
+    batch: int = 16  # clips a step, over all processes together
+    learning_rate: float = 2e-3
+    warmup_steps: int = 200
+    decay_fraction: float = 0.4  # last part of training in which the learning rate falls to 0
+    weight_decay: float = 0.01
+    gradient_clip: float = 1.0
+    ema_decay: float = 0.999
+    frames_given: int = 3  # start frames of most clips
+    vary_frames_given: float = 0.1  # chance of 1 to 6 start frames instead
+    start_drop: float = 0.1  # chance of no start frames
+    caption_drop: float = 0.1  # chance of no caption
+    noise_shift: float = 6.0  # sigma -> shift sigma / (1 + (shift - 1) sigma)
+    sigma_floor: float = 0.1  # the loss weight 1 / sigma^2 grows no further below this noise level
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.model, dict):
+            object.__setattr__(self, "model", from_json(ModelConfig, self.model))
+        for name in ("scenarios", "scenario_weights"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        require(len(self.scenarios) > 0, "scenarios must name at least one scenario")
+        for scenario in self.scenarios:
+            choose("scenario", scenario, SCENARIOS)
+        require(
+            len(self.scenarios) == len(self.scenario_weights) and min(self.scenario_weights) > 0,
+            f"scenario_weights {self.scenario_weights} must give a positive weight to each of {self.scenarios}",
+        )
+        for name in ("steps", "batch"):
+            require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
+        require(self.learning_rate > 0, f"learning_rate must be positive, got {self.learning_rate}")
+        require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
+        for name in ("start_drop", "caption_drop", "vary_frames_given", "decay_fraction", "ema_decay"):
+            require(0 <= getattr(self, name) <= 1, f"{name} must be in [0, 1], got {getattr(self, name)}")
+        require(
+            0 <= self.frames_given < self.model.frames,
+            f"frames_given must be in [0, {self.model.frames - 1}], got {self.frames_given}",
+        )
+
+
+@dataclass(frozen=True)
+class HuntConfig:
+    """How heads are hunted and the hunted set is judged."""
+
+    scenarios: tuple[str, ...] = SCENARIOS
+    split: str = "ood"
+    selection_cases: int = 24  # a scenario; heads are chosen on these
+    confirmation_cases: int = 64  # a scenario; the final table is made on these, never on the others
+    top_k: int = 8
+    weight: float = 2.0  # guidance weight w
+    strength: float = 1.0  # perturbation strength u
+    steps: int = 5  # sampling steps
+    random_draws: int = 3  # random head sets in the controls
+    frames_given: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scenarios", tuple(self.scenarios))
+        for scenario in self.scenarios:
+            choose("scenario", scenario, SCENARIOS)
+        choose("split", self.split, SPLITS)
+        for name in ("selection_cases", "confirmation_cases", "top_k", "steps", "random_draws"):
+            require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One row of the table below: a training and a hunt of matching size."""
+
+    train: TrainConfig
+    hunt: HuntConfig
+
+
+def _preset(model: dict, train: dict, hunt: dict) -> Preset:
+    return Preset(TrainConfig(model=ModelConfig(**model), **train), HuntConfig(**hunt))
+
+
+# What each preset reached is in the README, with the command that measured it.
+PRESETS: dict[str, Preset] = {
+    # seconds on a CPU: for tests and for notebooks at their defaults
+    "smoke": _preset(
+        dict(frames=8, size=16, patch=(2, 8, 8), width=32, depth=2, heads=4),
+        dict(steps=20, batch=4, warmup_steps=5),
+        dict(selection_cases=4, confirmation_cases=6, top_k=2, steps=2, random_draws=2),
+    ),
+    # about 8 minutes of training on 2 cores: what `make run` uses
+    "quick": _preset(
+        dict(frames=16, size=32, patch=(2, 8, 8), width=128, depth=6, heads=8),
+        dict(steps=3000, batch=8),
+        dict(selection_cases=24, confirmation_cases=64),
+    ),
+    # hours on 2 cores: the committed reference model
+    "full": _preset(
+        dict(frames=16, size=32, patch=(2, 8, 8), width=128, depth=6, heads=8),
+        dict(steps=10000, batch=16),
+        dict(selection_cases=64, confirmation_cases=256, steps=10),
+    ),
+    # phyworld's scale (32 frames, DiT-S); needs GPUs and was never run here
+    "paper": _preset(
+        dict(frames=32, size=128, patch=(2, 8, 8), width=384, depth=12, heads=6),
+        dict(steps=100_000, batch=256, learning_rate=1e-4, warmup_steps=2000, ema_decay=0.9999),
+        dict(selection_cases=256, confirmation_cases=1024, steps=20),
+    ),
+}
+
+
+def preset(name: str) -> Preset:
+    """The preset called `name`; raises ValueError naming the presets there are."""
+    return PRESETS[choose("preset", name, PRESETS)]
+
+
+def to_json(config: Any) -> str:
+    """Any of the dataclasses above as indented JSON."""
+    return json.dumps(dataclasses.asdict(config), indent=2)
+
+
+def from_json(kind: type, values: str | dict[str, Any]) -> Any:
+    """The dataclass `kind` from `to_json`'s text or a dict; unknown keys raise ValueError."""
+    values = json.loads(values) if isinstance(values, str) else values
+    known = {f.name for f in dataclasses.fields(kind)}
+    unknown = sorted(set(values) - known)
+    require(not unknown, f"unknown {kind.__name__} setting {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+    return kind(**values)

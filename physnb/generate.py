@@ -1,0 +1,70 @@
+"""Generating clips: case i gets the same noise, and so the same clip, alone or in any batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from physnb.config import Guidance, require
+from physnb.data import Clip, encode_captions, normal_noise
+from physnb.flow import solve
+from physnb.guidance import guided_velocity
+from physnb.model import VideoDiT
+
+
+def check_cases(model: VideoDiT, cases: Clip, frames_given: int) -> None:
+    """Raise ValueError unless the model can continue these clips from `frames_given` start frames."""
+    _, time, height, width = model.clip_shape
+    have = tuple(cases.frames.shape[1:4])
+    require(have == (time, height, width), f"the model makes clips of {(time, height, width)}, the cases are {have}")
+    require(0 <= frames_given < time, f"frames given must be in [0, {time - 1}], got {frames_given}")
+
+
+def initial_noise(model: VideoDiT, cases: Clip, seed: int) -> torch.Tensor:
+    """Noise of every case, [batch, channel, time, height, width]: a function of (seed, scenario, case index)."""
+    noise = [
+        normal_noise(seed, f"generate/{scenario}", index[None].numpy(), model.clip_shape)
+        for scenario, index in zip(cases.scenarios, cases.indices, strict=True)
+    ]
+    return torch.cat(noise)
+
+
+def generate(
+    model: VideoDiT,
+    cases: Clip,
+    *,
+    frames_given: int = 3,
+    guidance: Guidance | Sequence[Guidance] = Guidance(),
+    steps: int = 10,
+    solver: str = "euler",
+    seed: int = 0,
+    batch_size: int = 64,
+    use_captions: bool = True,
+    callback: Callable[[int, float, torch.Tensor], None] | None = None,
+) -> Clip:
+    """One generated clip a case, continuing its first `frames_given` frames, which are kept as they are.
+
+    guidance: one for all cases, or one a case. frames_given 0 and use_captions False generate unconditionally.
+    A clip does not depend on the batch it is made in beyond float rounding: at most 1 grey level of 255.
+    callback(step, sigma, noised batch) sees every call of the model.
+    Raises ValueError for cases of another size, a head the model lacks, an unknown solver or a bad count.
+    """
+    check_cases(model, cases, frames_given)
+    require(batch_size > 0, f"batch size must be positive, got {batch_size}")
+    rows = [guidance] * len(cases) if isinstance(guidance, Guidance) else list(guidance)
+    require(len(rows) == len(cases), f"{len(rows)} guidances for {len(cases)} cases; give one, or one a case")
+    model.eval()
+    parts = []
+    for first in range(0, len(cases), batch_size):
+        part = cases[first : first + batch_size]
+        start = part.pixels().to(model.device)
+        given = (torch.arange(start.shape[2], device=model.device) < frames_given).float().expand(len(part), -1)
+        captions = part.captions if use_captions else ("",) * len(part)
+        caption_ids = encode_captions(captions, tuple(model.config.vocabulary)).to(model.device)
+        velocity = guided_velocity(model, start, given, caption_ids, rows[first : first + batch_size])
+        noise = initial_noise(model, part, seed).to(model.device)
+        shift = model.config.noise_shift
+        clean = solve(velocity, noise, steps=steps, solver=solver, shift=shift, callback=callback)
+        parts.append(part.with_pixels(torch.where(given[:, None, :, None, None] > 0, start, clean)))
+    return Clip.concatenate(parts)

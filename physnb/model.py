@@ -1,0 +1,188 @@
+"""VideoDiT: a diffusion transformer (Peebles and Xie 2022) for clips, with full space-time attention and 3-D RoPE."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils import BaseOutput
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from physnb.config import ModelConfig
+
+LEVEL_FEATURES = 64  # sine features of the noise level
+ROPE_BASE = 100.0  # token grids are small: the slowest rotation spans about 100 tokens
+
+
+@dataclass
+class VideoDiTOutput(BaseOutput):
+    """sample: the predicted clean clip, [batch, channel, time, height, width]."""
+
+    sample: Tensor
+
+
+def rotary_table(grid: tuple[int, int, int], head_width: int) -> Float[Tensor, "token pair 2"]:
+    """cos and sin of axial rotary positions (Su et al. 2021, eq. 34), a share of the channel pairs for each axis.
+
+    Time takes the pairs that do not divide by three.
+    """
+    pairs = head_width // 2
+    share = [pairs - 2 * (pairs // 3), pairs // 3, pairs // 3]
+    places = torch.stack(torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij"), -1).reshape(-1, 3)
+    angles = torch.cat(
+        [places[:, axis, None] * ROPE_BASE ** (-torch.arange(n) / n) for axis, n in enumerate(share)], dim=1
+    )
+    return torch.stack([angles.cos(), angles.sin()], dim=-1)
+
+
+def rotate(x: Float[Tensor, "batch token channels"], table: Float[Tensor, "token pair 2"]) -> Tensor:
+    """x with neighbouring channels turned as complex numbers, head by head: q . k then sees relative positions only."""
+    turns = torch.view_as_complex(table).repeat(1, x.shape[-1] // 2 // table.shape[1])  # the same for every head
+    turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * turns
+    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention over all tokens of a clip.
+
+    `perturb_output`, set by `physnb.hooks.perturb` alone, maps (output, query, key, value), each
+    [batch, head, token, channel], to the output that the rest of the network sees.
+    """
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.query_key = nn.Linear(width, 2 * width)
+        self.value = nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
+        self.perturb_output = None
+
+    def forward(self, x: Float[Tensor, "batch token width"], rotary: Float[Tensor, "token pair 2"]) -> Tensor:
+        query_key = rotate(self.query_key(x), rotary).unflatten(-1, (2, self.heads, -1))
+        q, k = query_key.transpose(1, 3).unbind(2)  # [batch, head, token, channel] each
+        v = self.value(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        output = F.scaled_dot_product_attention(q, k, v)
+        if self.perturb_output is not None:
+            output = self.perturb_output(output, q, k, v)
+        return self.out(output.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each modulated and gated by the condition (adaLN-Zero, Peebles and Xie, sec. 3.2)."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float):
+        super().__init__()
+        hidden = int(width * mlp_ratio)
+        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.attn = SelfAttention(width, heads)
+        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+        self.modulation = nn.Linear(width, 6 * width)
+
+    def forward(self, x: Tensor, condition: Float[Tensor, "batch width"], rotary: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition)[:, None].chunk(6, dim=-1)
+        x = torch.addcmul(x, gate1, self.attn(torch.addcmul(shift1, self.norm1(x), 1 + scale1), rotary))
+        return torch.addcmul(x, gate2, self.mlp(torch.addcmul(shift2, self.norm2(x), 1 + scale2)))
+
+
+class VideoDiT(ModelMixin, ConfigMixin):
+    """Predicts the clean clip from a noised one, the noise level, start frames and a caption."""
+
+    _no_split_modules = ["Block"]
+
+    @register_to_config
+    def __init__(
+        self,
+        frames: int = 16,
+        size: int = 32,
+        patch: tuple[int, int, int] = (2, 8, 8),
+        channels: int = 3,
+        width: int = 128,
+        depth: int = 6,
+        heads: int = 8,
+        mlp_ratio: float = 4.0,
+        vocabulary: tuple[str, ...] = (),
+        noise_shift: float = 6.0,
+    ):
+        """vocabulary: the words captions are made of. noise_shift: noise levels of training, reused in sampling."""
+        super().__init__()
+        ModelConfig(frames, size, patch, channels, width, depth, heads, mlp_ratio)  # refuses sizes that do not fit
+        patch_t, patch_h, patch_w = self.patch = tuple(patch)
+        self.grid = (frames // patch_t, size // patch_h, size // patch_w)  # tokens along time, height, width
+        patch_size = patch_t * patch_h * patch_w
+        self.embed = nn.Linear((2 * channels + 1) * patch_size, width)
+        self.level = nn.Sequential(nn.Linear(LEVEL_FEATURES, width), nn.SiLU(), nn.Linear(width, width))
+        self.words = nn.Embedding(len(vocabulary) + 1, width)  # word 0: no caption
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.modulation = nn.Linear(width, 2 * width)
+        self.head = nn.Linear(width, channels * patch_size)
+        self.register_buffer("rotary", rotary_table(self.grid, width // heads), persistent=False)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.words.weight, std=0.02)
+        for layer in [self.head, self.modulation, *(block.modulation for block in self.blocks)]:
+            nn.init.zeros_(layer.weight)  # every block starts as the identity
+
+    @property
+    def clip_shape(self) -> tuple[int, int, int, int]:
+        """Channels, frames, height and width of a clip."""
+        return self.config.channels, self.config.frames, self.config.size, self.config.size
+
+    def patchify(self, clip: Float[Tensor, "batch channel time height width"]) -> Float[Tensor, "batch token patch"]:
+        batch, channels = clip.shape[:2]
+        (t, h, w), (pt, ph, pw) = self.grid, self.patch
+        split = clip.reshape(batch, channels, t, pt, h, ph, w, pw)
+        return split.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(batch, t * h * w, channels * pt * ph * pw)
+
+    def unpatchify(self, tokens: Float[Tensor, "batch token patch"]) -> Float[Tensor, "batch channel time height width"]:
+        batch, channels = len(tokens), self.config.channels
+        (t, h, w), (pt, ph, pw) = self.grid, self.patch
+        split = tokens.reshape(batch, t, h, w, channels, pt, ph, pw)
+        return split.permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(batch, channels, t * pt, h * ph, w * pw)
+
+    def embed_condition(self, sigma: Tensor, caption_ids: Tensor) -> Float[Tensor, "batch width"]:
+        """Noise level and caption in one vector; a caption is the mean of its words."""
+        frequency = torch.exp(torch.linspace(0, math.log(1000.0), LEVEL_FEATURES // 2, device=sigma.device))
+        angle = sigma[:, None] * frequency
+        level = self.level(torch.cat([angle.cos(), angle.sin()], dim=1))
+        is_word = (caption_ids > 0).to(level.dtype)
+        is_word[:, 0] += (is_word.sum(1) == 0).to(level.dtype)  # an empty caption is one word number 0
+        words = (self.words(caption_ids) * is_word[..., None]).sum(1) / is_word.sum(1, keepdim=True)
+        return F.silu(level + words)
+
+    def forward(
+        self,
+        sample: Float[Tensor, "batch channel time height width"],
+        sigma: Float[Tensor, " batch"],
+        start: Float[Tensor, "batch channel time height width"],
+        given: Float[Tensor, "batch time"],
+        caption_ids: Int[Tensor, "batch word"],
+        return_dict: bool = True,
+    ) -> VideoDiTOutput | tuple[Tensor]:
+        """The predicted clean clip.
+
+        sample: noised clip; sigma: its noise level in (0, 1]; start: clean clip, read only where given is 1;
+        given: 1 for start frames, else 0; caption_ids: from `encode_captions`, all 0 for no caption.
+        """
+        mask = given[:, None, :, None, None]
+        mask_channel = mask.expand(-1, 1, -1, *sample.shape[3:])
+        x = self.patchify(torch.cat([sample, start * mask, mask_channel], 1))  # [batch, token, 7 * patch]
+        x = self.embed(x)                                                      # [batch, token, width]
+        condition = self.embed_condition(sigma, caption_ids)                   # [batch, width]
+        for block in self.blocks:
+            x = block(x, condition, self.rotary)                               # [batch, token, width]
+        shift, scale = self.modulation(condition)[:, None].chunk(2, dim=-1)    # [batch, 1, width] each
+        x = self.head(torch.addcmul(shift, self.norm(x), 1 + scale))           # [batch, token, 3 * patch]
+        clean = self.unpatchify(x)                                             # [batch, channel, time, height, width]
+        return VideoDiTOutput(sample=clean) if return_dict else (clean,)

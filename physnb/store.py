@@ -1,0 +1,99 @@
+"""Files that appear whole or not at all: run folders, JSON, checkpoints, and the trial database."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from physnb.config import require
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`; it takes the name `path` when the block ends well, and vanishes otherwise.
+
+    Works for files and for folders; a file replaces what was there, a folder must be new.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Force a file, or a folder and the files in it, to disk: a rename must not outrun its contents."""
+    for target in [*path.iterdir(), path] if path.is_dir() else [path]:
+        descriptor = os.open(target, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`value` as indented JSON; NaN is refused because JSON has none."""
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The JSON in a file; raises ValueError naming the file if it is missing or damaged."""
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); restore or delete it") from None
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Tensors and their text metadata as one safetensors file."""
+    with written_whole(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file; raises ValueError naming a missing, truncated or foreign file."""
+    require(Path(path).is_file(), f"{path} does not exist")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged or not a safetensors file ({error}); use another checkpoint") from None
+
+
+def prepare_folder(path: Path, *, resume: bool = False) -> Path:
+    """`path` as a folder that can be written to: new, or an existing run if `resume`.
+
+    Raises ValueError before any work starts if the run exists, the disk is full or the place is read-only.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"output {path} is a file; name a folder")
+    if path.is_dir() and any(path.iterdir()) and not resume:
+        raise ValueError(f"output folder {path} already holds a run; choose another name, or pass --resume to go on")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path) as probe:
+            probe.write(bytes(65536))
+    except OSError as error:
+        raise ValueError(f"output folder {path} cannot be written ({error.strerror}); choose another place") from None
+    return path

@@ -1,0 +1,236 @@
+"""Training a VideoDiT: rectified flow on simulated clips, on one process or many, resumable bit for bit."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from physnb.config import TrainConfig, from_json, require, to_json
+from physnb.data import VOCABULARY, encode_captions, hash_draws, normal_noise, simulate_mixture, uniform_draws
+from physnb.flow import add_noise, shift_levels, velocity_loss
+from physnb.model import VideoDiT
+from physnb.store import prepare_folder, read_json, read_tensors, write_json, write_tensors
+
+STATE_FILE = "state.safetensors"
+CONFIG_FILE = "train.json"
+EXPLODED = 50.0  # a loss this many times its running mean stops the run
+GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """What one step learns from; every row is a function of (seed, index) alone."""
+
+    clean: Float[Tensor, "batch channel time height width"]
+    noise: Float[Tensor, "batch channel time height width"]
+    sigma: Float[Tensor, " batch"]
+    given: Float[Tensor, "batch time"]
+    caption_ids: Int[Tensor, "batch word"]
+
+
+def make_batch(config: TrainConfig, indices: np.ndarray) -> TrainBatch:
+    """Training examples number `indices`: clips, noise, noise levels, and which conditions are dropped."""
+    model, seed = config.model, config.seed
+    clip = simulate_mixture(
+        config.scenarios, config.scenario_weights, indices, frames=model.frames, size=model.size, seed=seed
+    )
+    # Neighbouring examples get well-spread noise levels: fractions of the golden ratio, less noisy than chance.
+    first = uniform_draws(seed, "sigma", np.zeros(1))
+    unit = torch.from_numpy((first + indices * GOLDEN_RATIO) % 1.0).float()
+    sigma = shift_levels(1 - unit, config.noise_shift)  # in (0, 1]
+
+    count = np.full(len(indices), config.frames_given)
+    chance = uniform_draws(seed, "start", indices)
+    some = np.floor(uniform_draws(seed, "start/count", indices, 1, min(6, model.frames - 1) + 1)).astype(int)
+    count = np.where(chance < config.start_drop + config.vary_frames_given, some, count)
+    count = np.where(chance < config.start_drop, 0, count)
+    given = (torch.arange(model.frames)[None] < torch.from_numpy(count)[:, None]).float()
+
+    dropped = uniform_draws(seed, "caption", indices) < config.caption_drop
+    captions = ["" if drop else caption for drop, caption in zip(dropped, clip.captions, strict=True)]
+    clean = clip.pixels()
+    noise = normal_noise(seed, "noise", indices, tuple(clean.shape[1:]))
+    return TrainBatch(clean, noise, sigma, given, encode_captions(captions))
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Linear warm-up, constant, then linear decay to 0 over the last `decay_fraction` of the run."""
+    warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    left = (config.steps - step) / max(1.0, config.decay_fraction * config.steps)
+    return config.learning_rate * min(warm, left, 1.0)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc reuse freed tensors instead of returning them to the system: a quarter off a CPU training step.
+
+    Without it every activation of a few MB is mapped and page-faulted anew. Elsewhere than on Linux it does nothing.
+    """
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            for option, value in ((-8, 1), (-3, 1 << 25), (-1, 1 << 30)):  # one arena; map only huge; never trim
+                libc.mallopt(option, value)
+
+
+class TrainState:
+    """Weights, their running average and the optimiser's moments: all that a resumed run needs besides the config."""
+
+    def __init__(self, config: TrainConfig):
+        self.config, self.step, self.mean_loss = config, 0, math.nan
+        torch.manual_seed(config.seed)  # initial weights
+        self.model = VideoDiT(**asdict(config.model), vocabulary=VOCABULARY, noise_shift=config.noise_shift)
+        self.average = {name: value.detach().clone() for name, value in self.model.named_parameters()}
+        decayed = [p for p in self.model.parameters() if p.ndim > 1]
+        plain = [p for p in self.model.parameters() if p.ndim <= 1]
+        groups = [dict(params=decayed, weight_decay=config.weight_decay), dict(params=plain, weight_decay=0.0)]
+        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.99), fused=True)
+
+    def update_average(self) -> None:
+        """Exponential moving average of the weights, with a shorter memory at the start."""
+        decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
+        parameters = dict(self.model.named_parameters())
+        torch._foreach_lerp_(
+            [self.average[name] for name in parameters], [p.detach() for p in parameters.values()], 1 - decay
+        )
+
+    def averaged_model(self) -> VideoDiT:
+        """A copy of the model with the averaged weights, ready to generate."""
+        model = VideoDiT(**{k: v for k, v in self.model.config.items() if not k.startswith("_")})
+        model.load_state_dict(self.average)
+        return model.to(self.model.device).eval()
+
+    def save(self, path: Path) -> None:
+        tensors = {}
+        for name, parameter in self.model.named_parameters():
+            tensors[f"model.{name}"] = parameter.detach().cpu()
+            tensors[f"average.{name}"] = self.average[name].cpu()
+            for moment in ("exp_avg", "exp_avg_sq"):
+                tensors[f"{moment}.{name}"] = self.optimizer.state[parameter][moment].cpu()
+        progress = dict(step=str(self.step), mean_loss=repr(self.mean_loss), config=to_json(self.config))
+        write_tensors(path, tensors, progress)
+
+    def load(self, path: Path) -> None:
+        """Continue from `path`; raises ValueError if it is damaged or belongs to another configuration."""
+        tensors, progress = read_tensors(path)
+        require(progress.get("config") == to_json(self.config), f"{path} was saved with another configuration")
+        self.step, self.mean_loss = int(progress["step"]), float(progress["mean_loss"])
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(tensors[f"model.{name}"])
+                self.average[name].copy_(tensors[f"average.{name}"])
+                self.optimizer.state[parameter] = dict(
+                    step=torch.tensor(float(self.step), device=parameter.device),
+                    exp_avg=tensors[f"exp_avg.{name}"].to(parameter.device),
+                    exp_avg_sq=tensors[f"exp_avg_sq.{name}"].to(parameter.device),
+                )
+
+
+def train(
+    config: TrainConfig,
+    folder: str | Path,
+    *,
+    resume: bool = False,
+    save_every: int = 250,
+    sample_every: int = 0,
+    on_sample: Callable[[VideoDiT, int, Path], dict[str, float]] | None = None,
+    stop_after: int | None = None,
+    progress: bool = True,
+) -> VideoDiT:
+    """The trained model, with averaged weights; `folder` keeps state, log and, at the end, the model.
+
+    resume continues a stopped run to the same weights, bit for bit on a CPU. on_sample(model, step, folder) is called
+    every `sample_every` steps and its numbers are logged. stop_after ends this call early, as an interruption would.
+    Launched by `torchrun` or `accelerate launch`, the processes share each batch.
+    Raises ValueError for a used folder, a foreign state or a batch that the processes cannot share evenly, and
+    FloatingPointError when the loss is not finite or explodes; the last saved state is then kept.
+    """
+    keep_freed_memory()
+    accelerator = Accelerator(log_with=None)
+    folder = Path(folder)
+    if accelerator.is_main_process:
+        prepare_folder(folder, resume=resume)
+        if resume and (folder / CONFIG_FILE).exists():
+            stored = from_json(TrainConfig, read_json(folder / CONFIG_FILE))
+            require(stored == config, f"{folder} holds a run with another configuration; choose another folder")
+        write_json(folder / CONFIG_FILE, json.loads(to_json(config)))
+    accelerator.wait_for_everyone()
+    rows = config.batch // accelerator.num_processes
+    require(
+        rows * accelerator.num_processes == config.batch,
+        f"batch {config.batch} does not split over {accelerator.num_processes} processes; change --batch",
+    )
+    state = TrainState(config)
+    state.model.to(accelerator.device)
+    state.average = {name: value.to(accelerator.device) for name, value in state.average.items()}
+    if resume and (folder / STATE_FILE).exists():
+        state.load(folder / STATE_FILE)
+    model, optimizer = accelerator.prepare(state.model, state.optimizer)
+    model.train()
+    main = accelerator.is_main_process
+    log = SummaryWriter(folder / "log", purge_step=state.step) if main else None
+    bar = tqdm(total=config.steps, initial=state.step, disable=not (progress and main), unit="step", mininterval=1)
+
+    last = config.steps if stop_after is None else min(config.steps, stop_after)
+    while state.step < last:
+        first = state.step * config.batch + accelerator.process_index * rows
+        batch = make_batch(config, np.arange(first, first + rows))
+        loss, norm = train_step(accelerator, model, optimizer, config, batch, learning_rate(config, state.step))
+        check_loss(loss, norm, state, folder)
+        state.step += 1
+        state.mean_loss = loss if math.isnan(state.mean_loss) else 0.98 * state.mean_loss + 0.02 * loss
+        state.update_average()
+        bar.update()
+        bar.set_postfix(loss=f"{state.mean_loss:.4f}", refresh=False)
+        if main and state.step % 10 == 0:
+            log.add_scalar("loss", loss, state.step)
+            log.add_scalar("learning_rate", optimizer.param_groups[0]["lr"], state.step)
+        if main and (state.step % save_every == 0 or state.step == last):
+            state.save(folder / STATE_FILE)
+        if main and on_sample is not None and sample_every and state.step % sample_every == 0:
+            for name, value in on_sample(state.averaged_model(), state.step, folder).items():
+                log.add_scalar(name, value, state.step)
+    bar.close()
+    if main:
+        log.close()
+    accelerator.wait_for_everyone()
+    return state.averaged_model()
+
+
+def train_step(accelerator, model, optimizer, config: TrainConfig, batch: TrainBatch, rate: float):
+    """One optimiser step; the loss over all processes and the norm of the gradient before clipping."""
+    batch = TrainBatch(**{name: value.to(accelerator.device) for name, value in vars(batch).items()})
+    noised = add_noise(batch.clean, batch.noise, batch.sigma)
+    predicted = model(noised, batch.sigma, batch.clean, batch.given, batch.caption_ids).sample
+    loss = velocity_loss(predicted, batch.clean, batch.sigma, 1 - batch.given, config.sigma_floor).mean()
+    accelerator.backward(loss)
+    norm = accelerator.clip_grad_norm_(model.parameters(), config.gradient_clip)
+    loss = float(accelerator.reduce(loss.detach(), "mean"))
+    if math.isfinite(loss) and math.isfinite(norm):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+    optimizer.zero_grad()
+    return loss, float(norm)
+
+
+def check_loss(loss: float, norm: float, state: TrainState, folder: Path) -> None:
+    """Stop on a loss that is not finite or exploded; nothing is saved after the damage."""
+    exploded = state.step > state.config.warmup_steps and loss > EXPLODED * state.mean_loss
+    if exploded or not (math.isfinite(loss) and math.isfinite(norm)):
+        raise FloatingPointError(
+            f"training stopped at step {state.step}: loss {loss:.4g}, gradient norm {norm:.4g}, running loss "
+            f"{state.mean_loss:.4g}; the last good state is in {folder / STATE_FILE}, try a lower learning rate"
+        )

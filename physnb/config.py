@@ -134,21 +134,21 @@ class TrainConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     scenarios: tuple[str, ...] = SCENARIOS
-    scenario_weights: tuple[float, ...] = (1.0, 1.0, 2.0)  # collisions are the hardest
+    scenario_weights: tuple[float, ...] = (1.0, 1.0, 1.5)  # collisions are the hardest
     steps: int = 3000
     batch: int = 16  # clips a step, over all processes together
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     warmup_steps: int = 200
     decay_fraction: float = 0.4  # last part of training in which the learning rate falls to 0
     weight_decay: float = 0.01
     gradient_clip: float = 1.0
     ema_decay: float = 0.999
     frames_given: int = 3  # start frames of most clips
-    vary_frames_given: float = 0.1  # chance of 1 to 6 start frames instead
+    vary_frames_given: float = 0.05  # chance of 1 to 6 start frames instead
     start_drop: float = 0.1  # chance of no start frames
     caption_drop: float = 0.1  # chance of no caption
     noise_shift: float = 6.0  # sigma -> shift sigma / (1 + (shift - 1) sigma)
-    sigma_floor: float = 0.1  # the loss weight 1 / sigma^2 grows no further below this noise level
+    sigma_floor: float = 0.5  # the loss weight 1 / sigma^2 grows no further below this noise level
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -229,7 +229,7 @@ PRESETS: dict[str, Preset] = {
     # hours on 2 cores: the committed reference model
     "full": _preset(
         dict(frames=16, size=32, patch=(2, 8, 8), width=128, depth=6, heads=8),
-        dict(steps=10000, batch=16),
+        dict(steps=7500, batch=16),
         dict(selection_cases=64, confirmation_cases=256, steps=10),
     ),
     # phyworld's scale (32 frames, DiT-S); needs GPUs and was never run here

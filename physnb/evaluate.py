@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
-from physnb.config import Guidance, require
+import torch
+from PIL import Image
+
+from physnb.config import SCENARIOS, Guidance, require
 from physnb.data import simulate
 from physnb.generate import generate
 from physnb.metrics import metric_trajectory
 from physnb.model import VideoDiT
+from physnb.statistics import bootstrap_mean
+from physnb.store import written_whole
 
 HEADLINE = ("velocity_error", "position_error", "missing_rate")
 
@@ -23,6 +29,7 @@ def evaluate_trajectory(
     frames_given: int = 3,
     seed: int = 0,
     steps: int = 10,
+    solver: str = "euler",
     guidance: Guidance = Guidance(),
     mode: str = "clean",
     metrics: Iterable[str] = HEADLINE,
@@ -34,7 +41,7 @@ def evaluate_trajectory(
     """
     require(cases > 0, f"cases must be positive, got {cases}")
     true = simulate(scenario, split, range(cases), frames=model.config.frames, size=model.config.size, seed=seed)
-    made = generate(model, true, frames_given=frames_given, guidance=guidance, steps=steps, seed=seed)
+    made = generate(model, true, frames_given=frames_given, guidance=guidance, steps=steps, solver=solver, seed=seed)
     found = metric_trajectory(made, true, frames_given=frames_given, mode=mode)
     floor = metric_trajectory(true, true, frames_given=frames_given, mode=mode)
     metrics = [name for name in metrics if name in found]
@@ -42,21 +49,47 @@ def evaluate_trajectory(
     def table(rows: list[int]) -> dict[str, Any]:
         result = {}
         for name in metrics:
-            estimate = type(found[name])(
-                name, found[name].unit, found[name].values[rows], tuple(found[name].reasons[i] for i in rows)
-            ).estimate()
-            result[name] = estimate.to_dict() | {"floor": _mean(floor[name].values[rows])}
+            result[name] = bootstrap_mean(found[name].values[rows]).to_dict()
+            result[name]["floor"] = bootstrap_mean(floor[name].values[rows]).to_dict()["mean"]
         return result
 
     buckets = sorted(set(true.buckets))
     result = dict(scenario=scenario, split=split, mode=mode, cases=cases, frames_given=frames_given, seed=seed)
-    result |= dict(steps=steps) | table(list(range(cases)))
+    result |= dict(steps=steps, solver=solver) | table(list(range(cases)))
     result["judged"] = min(result[name]["judged"] for name in metrics)
     if len(buckets) > 1:
         result["buckets"] = {b: table([i for i, name in enumerate(true.buckets) if name == b]) for b in buckets}
     return result
 
 
-def _mean(values) -> float | None:
-    mean = float(values.nanmean())
-    return None if mean != mean else mean
+def result_table(model: VideoDiT, *, cases: int, seed: int, frames_given: int = 3) -> list[dict[str, Any]]:
+    """`evaluate_trajectory` in every world, in and out of distribution, as one row each."""
+    return [
+        evaluate_trajectory(model, scenario, split, cases=cases, frames_given=frames_given, seed=seed)
+        for split in ("id", "ood")
+        for scenario in SCENARIOS
+    ]
+
+
+def error_rows(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The headline columns of a `result_table`: estimates, floor of the position error, clips judged."""
+    names = ("scenario", "split", "position_error", "velocity_error", "missing_rate")
+    return [
+        {name: row[name] for name in names} | dict(floor=row["position_error"]["floor"], judged=row["judged"])
+        for row in table
+    ]
+
+
+def sample_grid(model: VideoDiT, step: int, folder: Path) -> dict[str, float]:
+    """Position errors on 8 unseen clips a scenario, after writing the first of each, true above generated, as a PNG."""
+    errors, rows = {}, []
+    for scenario in SCENARIOS:
+        true = simulate(scenario, "id", range(8), frames=model.config.frames, size=model.config.size)
+        made = generate(model, true, steps=5)
+        scored = metric_trajectory(made, true)["position_error"]
+        errors[f"position_error/{scenario}"] = float(scored.values.nanmean())
+        rows += [clip.frames[0].transpose(0, 1).flatten(1, 2) for clip in (true, made)]
+    (folder / "samples").mkdir(exist_ok=True)
+    with written_whole(folder / "samples" / f"step-{step:06d}.png") as temporary:
+        Image.fromarray(torch.cat(rows).numpy()).save(temporary, format="png")
+    return errors

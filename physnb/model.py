@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from physnb.config import ModelConfig
 
 LEVEL_FEATURES = 64  # sine features of the noise level
-ROPE_BASE = 100.0  # token grids are small: the slowest rotation spans about 100 tokens
+ROPE_BASE = 10_000.0  # on small token grids the slow pairs hardly turn: they compare content alone
 
 
 @dataclass
@@ -38,6 +38,14 @@ def rotary_table(grid: tuple[int, int, int], head_width: int) -> Float[Tensor, "
         [places[:, axis, None] * ROPE_BASE ** (-torch.arange(n) / n) for axis, n in enumerate(share)], dim=1
     )
     return torch.stack([angles.cos(), angles.sin()], dim=-1)
+
+
+def sine_places(grid: tuple[int, int, int], width: int) -> Float[Tensor, "token width"]:
+    """Where a token is, in sines and cosines: a third of the channels for each axis, zeros for what is left over."""
+    pairs = width // 6
+    places = torch.stack(torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij"), -1).reshape(-1, 3, 1)
+    angles = places * 100.0 ** (-torch.arange(pairs) / pairs)
+    return F.pad(torch.cat([angles.sin(), angles.cos()], -1).flatten(1), (0, width - 6 * pairs))
 
 
 def rotate(x: Float[Tensor, "batch token channels"], table: Float[Tensor, "token pair 2"]) -> Tensor:
@@ -93,7 +101,7 @@ class Block(nn.Module):
 class VideoDiT(ModelMixin, ConfigMixin):
     """Predicts the clean clip from a noised one, the noise level, start frames and a caption."""
 
-    _no_split_modules = ["Block"]
+    _no_split_modules = ("Block",)
 
     @register_to_config
     def __init__(
@@ -108,14 +116,20 @@ class VideoDiT(ModelMixin, ConfigMixin):
         mlp_ratio: float = 4.0,
         vocabulary: tuple[str, ...] = (),
         noise_shift: float = 6.0,
+        pixel_mean: float = 1.0,
     ):
-        """vocabulary: the words captions are made of. noise_shift: noise levels of training, reused in sampling."""
+        """The sizes are those of `config.ModelConfig`.
+
+        vocabulary: the words captions are made of. noise_shift: noise levels of training, reused in sampling.
+        pixel_mean: the usual pixel, in [-1, 1], subtracted from every input; 1 for discs on white.
+        """
         super().__init__()
         ModelConfig(frames, size, patch, channels, width, depth, heads, mlp_ratio)  # refuses sizes that do not fit
         patch_t, patch_h, patch_w = self.patch = tuple(patch)
         self.grid = (frames // patch_t, size // patch_h, size // patch_w)  # tokens along time, height, width
         patch_size = patch_t * patch_h * patch_w
         self.embed = nn.Linear((2 * channels + 1) * patch_size, width)
+        self.places = nn.Parameter(sine_places(self.grid, width))
         self.level = nn.Sequential(nn.Linear(LEVEL_FEATURES, width), nn.SiLU(), nn.Linear(width, width))
         self.words = nn.Embedding(len(vocabulary) + 1, width)  # word 0: no caption
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio) for _ in range(depth))
@@ -133,6 +147,7 @@ class VideoDiT(ModelMixin, ConfigMixin):
         nn.init.normal_(self.words.weight, std=0.02)
         for layer in [self.head, self.modulation, *(block.modulation for block in self.blocks)]:
             nn.init.zeros_(layer.weight)  # every block starts as the identity
+        nn.init.constant_(self.head.bias, self.config.pixel_mean)  # and every clip as empty ground
 
     @property
     def clip_shape(self) -> tuple[int, int, int, int]:
@@ -145,7 +160,9 @@ class VideoDiT(ModelMixin, ConfigMixin):
         split = clip.reshape(batch, channels, t, pt, h, ph, w, pw)
         return split.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(batch, t * h * w, channels * pt * ph * pw)
 
-    def unpatchify(self, tokens: Float[Tensor, "batch token patch"]) -> Float[Tensor, "batch channel time height width"]:
+    def unpatchify(
+        self, tokens: Float[Tensor, "batch token patch"]
+    ) -> Float[Tensor, "batch channel time height width"]:
         batch, channels = len(tokens), self.config.channels
         (t, h, w), (pt, ph, pw) = self.grid, self.patch
         split = tokens.reshape(batch, t, h, w, channels, pt, ph, pw)
@@ -172,17 +189,20 @@ class VideoDiT(ModelMixin, ConfigMixin):
     ) -> VideoDiTOutput | tuple[Tensor]:
         """The predicted clean clip.
 
-        sample: noised clip; sigma: its noise level in (0, 1]; start: clean clip, read only where given is 1;
-        given: 1 for start frames, else 0; caption_ids: from `encode_captions`, all 0 for no caption.
+        sample: noised clip; sigma: its noise level in (0, 1]; given: 1 for start frames, else 0;
+        start: clean clip, which takes the place of the noised one where given is 1;
+        caption_ids: from `encode_captions`, all 0 for no caption.
         """
-        mask = given[:, None, :, None, None]
+        mask, mean = given[:, None, :, None, None], self.config.pixel_mean
         mask_channel = mask.expand(-1, 1, -1, *sample.shape[3:])
-        x = self.patchify(torch.cat([sample, start * mask, mask_channel], 1))  # [batch, token, 7 * patch]
-        x = self.embed(x)                                                      # [batch, token, width]
-        condition = self.embed_condition(sigma, caption_ids)                   # [batch, width]
+        centred = sample - mean * (1 - sigma.view(-1, 1, 1, 1, 1))
+        known = (start - mean) * mask
+        x = self.patchify(torch.cat([centred * (1 - mask), known, mask_channel], 1))  # [batch, token, 7 * patch]
+        x = self.embed(x) + self.places  # [batch, token, width]
+        condition = self.embed_condition(sigma, caption_ids)  # [batch, width]
         for block in self.blocks:
-            x = block(x, condition, self.rotary)                               # [batch, token, width]
-        shift, scale = self.modulation(condition)[:, None].chunk(2, dim=-1)    # [batch, 1, width] each
-        x = self.head(torch.addcmul(shift, self.norm(x), 1 + scale))           # [batch, token, 3 * patch]
-        clean = self.unpatchify(x)                                             # [batch, channel, time, height, width]
+            x = block(x, condition, self.rotary)  # [batch, token, width]
+        shift, scale = self.modulation(condition)[:, None].chunk(2, dim=-1)  # [batch, 1, width] each
+        x = self.head(torch.addcmul(shift, self.norm(x), 1 + scale))  # [batch, token, 3 * patch]
+        clean = self.unpatchify(x)  # [batch, channel, time, height, width]
         return VideoDiTOutput(sample=clean) if return_dict else (clean,)

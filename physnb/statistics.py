@@ -45,9 +45,7 @@ def bootstrap_mean(values: Float[Tensor, " clip"], seed: int = 0) -> Estimate:
     return Estimate(float(known.mean()), float(low), float(high), len(known), len(values))
 
 
-def paired_difference(
-    values: Float[Tensor, " clip"], baseline: Float[Tensor, " clip"], seed: int = 0
-) -> Estimate:
+def paired_difference(values: Float[Tensor, " clip"], baseline: Float[Tensor, " clip"], seed: int = 0) -> Estimate:
     """Mean of values - baseline over the clips judged in both, with its bootstrap interval."""
     require(len(values) == len(baseline), f"paired values must match: {len(values)} against {len(baseline)}")
     return bootstrap_mean(values - baseline, seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sqlite3
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -97,3 +98,57 @@ def prepare_folder(path: Path, *, resume: bool = False) -> Path:
     except OSError as error:
         raise ValueError(f"output folder {path} cannot be written ({error.strerror}); choose another place") from None
     return path
+
+
+SCHEMA_VERSION = 1
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS trials (
+    trial TEXT NOT NULL,  -- canonical JSON of everything that decides the numbers: model hash, settings, guidance
+    case_name TEXT NOT NULL,
+    value REAL,           -- NULL where the case could not be judged
+    PRIMARY KEY (trial, case_name)
+) WITHOUT ROWID;
+"""
+
+
+class TrialStore:
+    """A SQLite file with one row a trial and case, written as they finish; kill -9 loses the trial in flight at most.
+
+    Raises ValueError if the file is not a trial store or has another schema version.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.connection = sqlite3.connect(self.path, timeout=60)
+            version = self.connection.execute("PRAGMA user_version").fetchone()[0]
+            require(version in (0, SCHEMA_VERSION), f"{self.path} has schema version {version}, not {SCHEMA_VERSION}")
+            self.connection.execute("PRAGMA journal_mode=WAL")
+            with self.connection:
+                self.connection.executescript(_SCHEMA)
+                self.connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+        except sqlite3.DatabaseError as error:
+            raise ValueError(f"{self.path} is not a trial store ({error}); choose another file") from None
+
+    def write(self, trial: str, cases: list[str], values: list[float]) -> None:
+        """All cases of one trial, in one transaction."""
+        rows = [(trial, case, None if value != value else value) for case, value in zip(cases, values, strict=True)]
+        with self.connection:
+            self.connection.executemany("INSERT OR REPLACE INTO trials VALUES (?, ?, ?)", rows)
+
+    def read(self, trial: str, cases: list[str]) -> list[float] | None:
+        """The trial's values in the order of `cases`, or None unless every one of them is there."""
+        found = dict(self.connection.execute("SELECT case_name, value FROM trials WHERE trial = ?", (trial,)))
+        if not all(case in found for case in cases):
+            return None
+        return [float("nan") if found[case] is None else found[case] for case in cases]
+
+    def close(self) -> None:
+        self.connection.close()
+
+    def __enter__(self) -> TrialStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

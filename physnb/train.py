@@ -12,14 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from jaxtyping import Float, Int
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from physnb.config import TrainConfig, from_json, require, to_json
-from physnb.data import VOCABULARY, encode_captions, hash_draws, normal_noise, simulate_mixture, uniform_draws
+from physnb.data import VOCABULARY, encode_captions, normal_noise, simulate_mixture, uniform_draws
 from physnb.flow import add_noise, shift_levels, velocity_loss
 from physnb.model import VideoDiT
 from physnb.store import prepare_folder, read_json, read_tensors, write_json, write_tensors
@@ -194,7 +195,7 @@ def train(
         state.update_average()
         bar.update()
         bar.set_postfix(loss=f"{state.mean_loss:.4f}", refresh=False)
-        if main and state.step % 10 == 0:
+        if main:
             log.add_scalar("loss", loss, state.step)
             log.add_scalar("learning_rate", optimizer.param_groups[0]["lr"], state.step)
         if main and (state.step % save_every == 0 or state.step == last):
@@ -234,3 +235,16 @@ def check_loss(loss: float, norm: float, state: TrainState, folder: Path) -> Non
             f"training stopped at step {state.step}: loss {loss:.4g}, gradient norm {norm:.4g}, running loss "
             f"{state.mean_loss:.4g}; the last good state is in {folder / STATE_FILE}, try a lower learning rate"
         )
+
+
+def is_main_process() -> bool:
+    """Whether this is the only process, or the first of those that `torchrun` or `accelerate launch` started."""
+    return PartialState().is_main_process
+
+
+def read_history(folder: str | Path) -> dict[str, tuple[list[int], list[float]]]:
+    """Steps and values of every number logged in a run folder's TensorBoard log, by name."""
+    log = EventAccumulator(str(Path(folder) / "log"))
+    log.Reload()
+    events = {name: log.Scalars(name) for name in log.Tags()["scalars"]}
+    return {name: ([e.step for e in series], [e.value for e in series]) for name, series in events.items()}

@@ -27,6 +27,8 @@ def encode_captions(
         words = caption.split()
         require(len(words) <= MAX_WORDS, f"caption {caption!r} has more than {MAX_WORDS} words")
         for i, word in enumerate(words):
-            require(word in vocabulary, f"caption word {word!r} is not in the model's vocabulary: {', '.join(vocabulary)}")
+            require(
+                word in vocabulary, f"caption word {word!r} is not in the model's vocabulary: {', '.join(vocabulary)}"
+            )
             row[i] = vocabulary.index(word) + 1
     return ids

@@ -33,7 +33,7 @@ def uniform_draws(seed: int, stream: str, indices: np.ndarray, low=0.0, high=1.0
 
 
 def normal_noise(seed: int, stream: str, indices: np.ndarray, shape: tuple[int, ...]) -> Float[Tensor, "batch ..."]:
-    """Standard normal noise [batch, *shape], one generator a row, drawn on the CPU so that every device gets the same."""
+    """Standard normal noise [batch, *shape], a generator a row, drawn on the CPU: the same on any device."""
     generator, out = torch.Generator(), torch.empty(len(indices), *shape)
     for row, draw in zip(out, hash_draws(seed, stream, indices), strict=True):
         torch.randn(shape, generator=generator.manual_seed(int(draw >> np.uint64(1))), out=row)

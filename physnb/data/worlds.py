@@ -138,7 +138,9 @@ def _two_discs(draws: Draws, bucket: np.ndarray, frames: int) -> tuple[dict[str,
     return state, fits
 
 
-def sample_states(scenario: str, split: str, seed: int, indices: np.ndarray, frames: int) -> tuple[DiscState, np.ndarray]:
+def sample_states(
+    scenario: str, split: str, seed: int, indices: np.ndarray, frames: int
+) -> tuple[DiscState, np.ndarray]:
     """True motion of the clips `indices` and their buckets; a function of (scenario, split, seed, index, frames)."""
     choose("scenario", scenario, SCENARIOS)
     choose("split", split, SPLITS)
@@ -158,14 +160,16 @@ def sample_states(scenario: str, split: str, seed: int, indices: np.ndarray, fra
             pending = pending[~fits]
             if len(pending) == 0:
                 break
-        require(len(pending) == 0, f"no collision of {frames} frames fits the box for clips {indices[pending].tolist()}")
+        require(
+            len(pending) == 0, f"no collision of {frames} frames fits the box for clips {indices[pending].tolist()}"
+        )
     return DiscState(**{name: torch.from_numpy(value).float() for name, value in state.items()}), bucket
 
 
 def render(state: DiscState, size: int, edge: str = "coverage") -> UInt8[Tensor, "batch time height width 3"]:
     """Frames of `size` x `size` pixels, white ground, red disc 0 and blue disc 1, row 0 at the top.
 
-    edge "coverage": pixel (i + 1/2) / W, shade = share of the pixel covered, to first order in the distance to the edge.
+    edge "coverage": pixel (i + 1/2) / W, shade = share of the pixel covered, from the edge's distance.
     edge "phyworld": pixel i / (W - 1), alpha = clip((r^2 - d^2) / (0.03 r^2), 0, 1), truncated to uint8 as published.
     """
     choose("edge", edge, EDGES)

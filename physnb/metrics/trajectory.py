@@ -92,9 +92,7 @@ def check_pair(generated: Clip, true: Clip, frames_given: int) -> DiscState:
     return true.state
 
 
-def metric_trajectory(
-    generated: Clip, true: Clip, *, frames_given: int = 3, mode: str = "clean"
-) -> dict[str, Scores]:
+def metric_trajectory(generated: Clip, true: Clip, *, frames_given: int = 3, mode: str = "clean") -> dict[str, Scores]:
     """Scores of each clip by name; all are better when lower. Judged where the true disc is wholly inside the box.
 
     clean:

@@ -1,0 +1,267 @@
+"""The command line: `python -m physnb --help`.
+
+Every command takes --json for one JSON object on standard output, and ends with status 1 and one line on failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from physnb.config import PRESETS, SCENARIOS, SOLVERS, SPLITS, Guidance, head_set, preset, require, to_json
+
+REFERENCE_MODEL = Path("outputs/reference/model")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line that names the argument and the fix."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see `{self.prog} --help`)")
+
+
+def count(text: str) -> int:
+    """A positive whole number."""
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def natural(text: str) -> int:
+    """A whole number from 0 on."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
+    return int(text)
+
+
+def command_train(args: argparse.Namespace) -> dict[str, Any]:
+    from physnb.checkpoint import save_model
+    from physnb.evaluate import result_table, sample_grid
+    from physnb.train import is_main_process, train
+
+    config = preset(args.preset).train
+    given = {name: getattr(args, name) for name in ("steps", "batch", "seed", "learning_rate")}
+    config = dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
+    if args.dry_run:
+        return json.loads(to_json(config))
+    folder, model_folder = Path(args.out), Path(args.out) / "model"
+    require(not model_folder.exists(), f"{model_folder} is already trained; choose another --out")
+    model = train(config, folder, resume=args.resume, save_every=args.save_every,
+                  sample_every=args.sample_every, on_sample=sample_grid, progress=not args.json)  # fmt: skip
+    if not is_main_process():
+        return {}
+    result = result_table(model, cases=args.cases, seed=config.seed)
+    save_model(model, model_folder, result)
+    return dict(model=str(model_folder), steps=config.steps, result=result)
+
+
+def command_eval_trajectory(args: argparse.Namespace) -> dict[str, Any]:
+    from physnb.checkpoint import load_model
+    from physnb.evaluate import evaluate_trajectory
+
+    model = load_model(args.model)
+    return evaluate_trajectory(
+        model, args.scenario, args.split, cases=args.cases, frames_given=args.frames_given, seed=args.seed,
+        steps=args.steps, solver=args.solver, guidance=guidance_of(args), mode=args.mode,
+    )  # fmt: skip
+
+
+def guidance_of(args: argparse.Namespace) -> Guidance:
+    """The guidance that --text-weight, --heads, --weight and --strength describe."""
+    if not args.heads:
+        return Guidance(text_weight=args.text_weight)
+    heads = Guidance.from_heads(head_set(args.heads), args.weight, args.strength)
+    return dataclasses.replace(heads, text_weight=args.text_weight)
+
+
+def command_generate(args: argparse.Namespace) -> dict[str, Any]:
+    from physnb.checkpoint import load_model
+    from physnb.data import simulate
+    from physnb.generate import generate
+    from physnb.plots import write_video
+
+    require(args.out.endswith(".mp4"), f"--out must name an .mp4 file, got {args.out}")
+    model = load_model(args.model)
+    shape = dict(frames=model.config.frames, size=model.config.size, seed=args.seed)
+    true = simulate(args.scenario, args.split, range(args.cases), **shape)
+    made = generate(model, true, frames_given=args.frames_given, guidance=guidance_of(args), steps=args.steps,
+                    solver=args.solver, seed=args.seed)  # fmt: skip
+    write_video(Path(args.out), {"true": true, "generated": made})
+    return dict(video=args.out, cases=args.cases)
+
+
+def command_heads(args: argparse.Namespace) -> dict[str, Any]:
+    from physnb.checkpoint import load_model
+    from physnb.hooks import heads_of
+
+    return dict(heads=[str(head) for head in heads_of(load_model(args.model))])
+
+
+def command_hunt(args: argparse.Namespace) -> dict[str, Any]:
+    from physnb.checkpoint import load_model, model_hash
+    from physnb.search import confirm, hunt_heads
+    from physnb.store import TrialStore, prepare_folder, write_json
+
+    hunt = preset(args.preset).hunt
+    given = {name: getattr(args, name) for name in ("top_k", "selection_cases", "confirmation_cases", "seed", "split")}
+    given |= dict(weight=args.weight, strength=args.strength)
+    hunt = dataclasses.replace(hunt, **{name: value for name, value in given.items() if value is not None})
+    model = load_model(args.model)
+    heads = head_set(args.heads) if args.heads else None
+    folder = prepare_folder(args.out, resume=args.resume)
+    with TrialStore(folder / "trials.sqlite") as store:
+        ranking = hunt_heads(
+            model, hunt, heads=heads, store=store, model_hash=model_hash(args.model), progress=not args.json
+        )
+    hunted = ranking.top(hunt.top_k)
+    table = [result.to_row() for result in confirm(model, hunt, hunted, progress=not args.json)]
+    result = dict(hunt=json.loads(to_json(hunt)), hunted=[str(head) for head in hunted], table=table,
+                  ranking=ranking.to_rows())  # fmt: skip
+    write_json(folder / "hunt.json", result)
+    return result
+
+
+def command_run(args: argparse.Namespace) -> dict[str, Any]:
+    from physnb.runs import run_notebooks
+
+    parameters = {}
+    for text in args.parameter:
+        name, equals, value = text.partition("=")
+        require(bool(equals), f"-p {text!r} is not of the form name=value")
+        parameters[name] = value
+    return run_notebooks(args.notebook, preset=args.preset, folder=args.out, parameters=parameters)
+
+
+def command_report(args: argparse.Namespace) -> dict[str, Any]:
+    from physnb.runs import write_report
+
+    return dict(report=str(write_report(Path(args.folder))))
+
+
+def command_bench(args: argparse.Namespace) -> dict[str, Any]:
+    from physnb.bench import bench_simulator, bench_training
+
+    return bench_simulator(rounds=args.rounds) if args.which == "sim" else bench_training(rounds=args.rounds)
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default=str(REFERENCE_MODEL), help="model folder (default: %(default)s)")
+    parser.add_argument("--scenario", choices=SCENARIOS, required=True)
+    parser.add_argument(
+        "--split", choices=SPLITS, default="id", help="in or out of distribution (default: %(default)s)"
+    )
+    parser.add_argument("--cases", type=count, default=64, help="clips to generate (default: %(default)s)")
+    parser.add_argument("--frames-given", type=natural, default=3, help="start frames (default: %(default)s)")
+    parser.add_argument("--seed", type=natural, default=0, help="of cases and noise (default: %(default)s)")
+    parser.add_argument("--steps", type=count, default=10, help="sampling steps (default: %(default)s)")
+    parser.add_argument("--solver", choices=SOLVERS, default="euler")
+    parser.add_argument("--heads", default="", help="heads to break in the weak pass, for example L0H1,L3H7")
+    parser.add_argument("--weight", type=float, default=2.0, help="guidance weight w of --heads, 0 is off")
+    parser.add_argument("--strength", type=float, default=1.0, help="perturbation strength u in [0, 1]")
+    parser.add_argument("--text-weight", type=float, default=0.0, help="guidance weight of the caption, 0 is off")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(prog="python -m physnb", description="Which attention heads of a video model carry physics?")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=OneLineParser, metavar="COMMAND")
+
+    def command(name: str, function, text: str, under=None) -> argparse.ArgumentParser:
+        sub = (under or commands).add_parser(name, help=text, description=text)
+        sub.set_defaults(function=function)
+        sub.add_argument("--json", action="store_true", help="print one JSON object")
+        return sub
+
+    sub = command("run", command_run, "run notebooks through papermill and write report.html")
+    sub.add_argument("notebook", nargs="*", help="notebook files or numbers (default: all)")
+    sub.add_argument("--preset", choices=PRESETS, default="quick")
+    sub.add_argument("--out", help="run folder (default: a new one in outputs/)")
+    sub.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE")
+
+    sub = command("train", command_train, "train a VideoDiT")
+    sub.add_argument("--preset", choices=PRESETS, default="quick")
+    sub.add_argument("--out", required=True, help="run folder; the model appears in its folder `model`")
+    sub.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    for name, kind in (("--steps", count), ("--batch", count), ("--seed", natural), ("--learning-rate", float)):
+        sub.add_argument(name, type=kind, help="instead of the preset's")
+    sub.add_argument("--save-every", type=count, default=250, help="steps between saved states")
+    sub.add_argument("--sample-every", type=count, default=1000, help="steps between sample grids")
+    sub.add_argument("--cases", type=count, default=128, help="clips a world in the final table")
+    sub.add_argument("--dry-run", action="store_true", help="print the resolved settings and stop")
+
+    sub = command("generate", command_generate, "generate clips and write them beside the true ones as a video")
+    add_sampling(sub)
+    sub.add_argument("--out", required=True, help="an .mp4 file")
+
+    metrics = commands.add_parser("eval", help="measure a model").add_subparsers(
+        dest="metric", required=True, parser_class=OneLineParser, metavar="METRIC"
+    )
+    sub = command("trajectory", command_eval_trajectory, "trajectory errors of a model in one world", metrics)
+    add_sampling(sub)
+    sub.add_argument("--mode", choices=("clean", "compat"), default="clean", help="ours, or phyworld's definitions")
+
+    sub = command("heads", command_heads, "list the attention heads of a model")
+    sub.add_argument("--model", default=str(REFERENCE_MODEL))
+
+    sub = command("hunt", command_hunt, "rank every head, then confirm the best with controls on other cases")
+    sub.add_argument("--model", default=str(REFERENCE_MODEL))
+    sub.add_argument("--preset", choices=PRESETS, default="quick")
+    sub.add_argument("--out", required=True, help="run folder")
+    sub.add_argument("--resume", action="store_true", help="go on with the hunt in --out")
+    sub.add_argument("--heads", default="", help="hunt among these only, for example L0H1,L3H7")
+    sub.add_argument("--split", choices=SPLITS)
+    for name in ("--top-k", "--selection-cases", "--confirmation-cases"):
+        sub.add_argument(name, type=count, help="instead of the preset's")
+    sub.add_argument("--seed", type=natural)
+    for name in ("--weight", "--strength"):
+        sub.add_argument(name, type=float, help="instead of the preset's")
+
+    sub = command("bench", command_bench, "time the simulator or a training step against the usual way")
+    sub.add_argument("which", choices=("sim", "train"))
+    sub.add_argument("--rounds", type=count, default=7, help="turns of each side (default: %(default)s)")
+
+    sub = command("report", command_report, "write report.html of a run folder anew")
+    sub.add_argument("folder")
+    return parser
+
+
+def show(result: dict[str, Any], indent: str = "") -> None:
+    """A result as `name: value` lines."""
+    for name, value in result.items():
+        if isinstance(value, dict):
+            print(f"{indent}{name}:")
+            show(value, indent + "  ")
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            print(f"{indent}{name}:")
+            for row in value:
+                print(f"{indent}  - " + json.dumps(row))
+        else:
+            print(f"{indent}{name}: {value:.4g}" if isinstance(value, float) else f"{indent}{name}: {value}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        args = build_parser().parse_args(arguments)
+        result = args.function(args)
+    except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        print(f"physnb: {reason}", file=sys.stderr)
+        if "--json" in arguments:
+            print(json.dumps(dict(error=reason)))
+        return 1
+    except KeyboardInterrupt:
+        print("physnb: stopped; what was saved is kept", file=sys.stderr)
+        return 130
+    if args.json:
+        print(json.dumps(result, allow_nan=False))
+    else:
+        show(result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,210 @@
+"""Figures and videos from results: data in, Figure out. One style, one colour a method, intervals always drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import imageio_ffmpeg
+import matplotlib
+import mediapy
+import numpy as np
+import seaborn
+from jaxtyping import Float
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+from physnb.config import HeadSet, require
+
+mediapy.set_ffmpeg(imageio_ffmpeg.get_ffmpeg_exe())  # a binary that comes with the package: no system ffmpeg needed
+
+PALETTE = seaborn.color_palette("colorblind")
+METHOD_COLOURS = {
+    "true": "black",
+    "unguided": PALETTE[7],
+    "CFG": PALETTE[1],
+    "random heads": PALETTE[4],
+    "all heads": PALETTE[3],
+    "hunted heads": PALETTE[0],
+}
+EFFECT_COLOURS = "PuOr"  # diverging, safe for colour-blind readers; purple is harm, orange is help
+matplotlib.rcParams.update(
+    {"axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 100, "savefig.dpi": 130, "font.size": 10}
+)
+
+
+def method_colour(name: str):
+    """The colour of a method everywhere: `8 hunted heads` has that of `hunted heads`."""
+    return next((colour for method, colour in METHOD_COLOURS.items() if name.endswith(method)), PALETTE[5])
+
+
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1):
+    """A figure that no backend shows by itself, and its axes as a 2-D array."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def plot_training(history: dict[str, tuple[Sequence[int], Sequence[float]]], window: int = 20) -> Figure:
+    """Training loss over steps on a log scale, single steps and their running mean."""
+    steps, losses = (np.asarray(column) for column in history["loss"])
+    require(len(steps) > 0, "the training log holds no loss yet")
+    figure, axes = new_figure(7, 3)
+    axis = axes[0, 0]
+    axis.plot(steps, losses, color=PALETTE[7], alpha=0.4, linewidth=0.7, label="every step")
+    width = min(window, len(losses))
+    smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
+    axis.plot(steps[width - 1 :], smooth, color=PALETTE[0], label=f"mean of {width}")
+    axis.set(xlabel="step", ylabel="velocity loss", yscale="log")
+    axis.legend(frameon=False)
+    return figure
+
+
+def plot_clips(clips: dict[str, Float[Tensor, "time height width 3"]], columns: int = 8) -> Figure:
+    """Film strips, one row a clip, `columns` frames spread over it."""
+    figure, axes = new_figure(1.1 * columns, 1.25 * len(clips), len(clips), columns)
+    for row, (name, frames) in zip(axes, clips.items(), strict=True):
+        for axis, number in zip(row, np.linspace(0, len(frames) - 1, columns).round().astype(int), strict=True):
+            axis.imshow(frames[number], interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            for side in axis.spines.values():
+                side.set_visible(True)
+                side.set_color("lightgrey")
+            if row is axes[0]:
+                axis.set_title(f"frame {number}", fontsize=8)
+        row[0].set_ylabel(name, fontsize=9, rotation=0, ha="right", va="center")
+    return figure
+
+
+def plot_trajectories(paths: dict[str, Float[Tensor, "time axis"]], given: int = 0) -> Figure:
+    """Disc centres in the box (world units), one line a method; the first `given` points are start frames."""
+    figure, axes = new_figure(4.2, 4)
+    axis = axes[0, 0]
+    for name, path in paths.items():
+        axis.plot(*np.asarray(path).T, marker="o", markersize=3, color=method_colour(name), label=name)
+    if given:
+        first = np.asarray(next(iter(paths.values())))[:given]
+        axis.scatter(*first.T, s=60, facecolors="none", edgecolors="black", label="start frames")
+    axis.set(xlim=(0, 10), ylim=(0, 10), xlabel="x (world units)", ylabel="y (world units)", aspect="equal")
+    axis.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def plot_head_map(table: Float[Tensor, "layer head"], chosen: HeadSet = (), label: str = "effect") -> Figure:
+    """Layer x head map of an effect around 0, orange where negative (it helps); chosen heads are framed."""
+    values = np.asarray(table)
+    layers, heads = values.shape
+    figure, axes = new_figure(0.62 * heads + 2.2, 0.5 * layers + 1.2)
+    limit = float(np.nanmax(np.abs(values))) or 1.0
+    seaborn.heatmap(
+        values, ax=axes[0, 0], cmap=EFFECT_COLOURS, vmin=-limit, vmax=limit, annot=True, fmt=".2f",
+        annot_kws=dict(fontsize=7), cbar_kws=dict(label=label), linewidths=0.5, square=False,
+    )  # fmt: skip
+    for layer, head in chosen:
+        axes[0, 0].add_patch(Rectangle((head, layer), 1, 1, fill=False, edgecolor="black", lw=2))
+    axes[0, 0].set(xlabel="head", ylabel="layer")
+    return figure
+
+
+def plot_ranking(names: Sequence[str], means, lows, highs, chosen: int, label: str) -> Figure:
+    """Every head's effect with its interval, most helpful first; the first `chosen` are highlighted."""
+    figure, axes = new_figure(max(6, 0.2 * len(names)), 3.2)
+    axis, places = axes[0, 0], np.arange(len(names))
+    colours = [METHOD_COLOURS["hunted heads"] if i < chosen else METHOD_COLOURS["unguided"] for i in places]
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.vlines(places, lows, highs, color=colours, linewidth=1.5)
+    axis.scatter(places, means, color=colours, s=14, zorder=3)
+    axis.set_xticks(places, names, rotation=90, fontsize=7)
+    axis.set(ylabel=label, xlim=(-1, len(names)))
+    return figure
+
+
+def plot_differences(rows: Sequence[dict], metrics: Mapping[str, str]) -> Figure:
+    """Paired difference to unguided of each method, one panel a metric, with 95 % intervals; left of 0 is better.
+
+    rows: from `search.ArmResult.to_row`; metrics: unit by name.
+    """
+    rows = [row for row in rows if row[next(iter(metrics))]["difference"] is not None]
+    figure, axes = new_figure(3 * len(metrics) + 1, 0.45 * len(rows) + 1.1, 1, len(metrics))
+    for axis, (metric, unit) in zip(axes[0], metrics.items(), strict=True):
+        axis.axvline(0, color="black", linewidth=0.8)
+        for place, row in enumerate(reversed(rows)):
+            d, colour = row[metric]["difference"], method_colour(row["method"])
+            if d["mean"] is not None:
+                axis.plot([d["low"], d["high"]], [place, place], color=colour, linewidth=2)
+                axis.plot(d["mean"], place, "o", color=colour)
+        names = [row["method"] for row in reversed(rows)] if axis is axes[0, 0] else [""] * len(rows)
+        axis.set_yticks(range(len(rows)), names)
+        axis.set(xlabel=f"{metric.replace('_', ' ')}\nminus unguided ({unit})", ylim=(-0.6, len(rows) - 0.4))
+    return figure
+
+
+def plot_surface(
+    surface: Mapping[tuple[float, float], Mapping[str, float]], label: str, point: tuple[float, float] | None = None
+) -> Figure:
+    """Left: an effect over weight w and strength u, `point` framed; right: as lines over w with 95 % intervals."""
+    weights, strengths = (sorted({key[i] for key in surface}) for i in (0, 1))
+    values = np.array([[surface[w, u]["mean"] for w in weights] for u in strengths], dtype=float)
+    limit = float(np.nanmax(np.abs(values))) or 1.0
+    figure, axes = new_figure(10, 3.4, 1, 2)
+    seaborn.heatmap(
+        values, ax=axes[0, 0], cmap=EFFECT_COLOURS, vmin=-limit, vmax=limit, annot=True, fmt=".2f",
+        xticklabels=[f"{w:g}" for w in weights], yticklabels=[f"{u:g}" for u in strengths], cbar_kws=dict(label=label),
+    )  # fmt: skip
+    axes[0, 0].set(xlabel="guidance weight w (0 = off)", ylabel="perturbation strength u (0 = off)")
+    axes[0, 0].invert_yaxis()
+    if point is not None:
+        corner = (weights.index(point[0]), strengths.index(point[1]))
+        axes[0, 0].add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="black", linewidth=2))
+    axes[0, 1].axhline(0, color="black", linewidth=0.8)
+    for number, u in enumerate(strengths):
+        points = [surface[w, u] for w in weights]
+        shift = 0.02 * (number - len(strengths) / 2) * (max(weights) or 1)
+        places = np.array(weights) + shift
+        axes[0, 1].errorbar(
+            places, [p["mean"] for p in points], color=PALETTE[number % 10], marker="o", markersize=3, capsize=2,
+            yerr=np.abs([[p["mean"] - p["low"] for p in points], [p["high"] - p["mean"] for p in points]]),
+            label=f"u = {u:g}",
+        )  # fmt: skip
+    axes[0, 1].set(xlabel="guidance weight w (0 = off)", ylabel=label)
+    axes[0, 1].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def plot_attention(weights: Float[Tensor, "time height width"], query: tuple[int, int, int], frames=None) -> Figure:
+    """Where one query token looks: one panel a token row of time, brighter is more; the query is framed in red.
+
+    frames: a clip [time, height, width, 3] to draw underneath, its frames spread over the token grid's time axis.
+    """
+    values = np.asarray(weights)
+    figure, axes = new_figure(1.35 * len(values), 1.7, 1, len(values))
+    for time, axis in enumerate(axes[0]):
+        extent = (-0.5, values.shape[2] - 0.5, values.shape[1] - 0.5, -0.5)
+        if frames is not None:
+            axis.imshow(frames[time * len(frames) // len(values)], extent=extent, alpha=0.5)
+        axis.imshow(values[time], cmap="viridis", vmin=0, vmax=values.max(), alpha=0.7, extent=extent)
+        axis.set(xticks=[], yticks=[], title=f"t = {time}")
+        if time == query[0]:
+            corner = (query[2] - 0.5, query[1] - 0.5)
+            axis.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="red", linewidth=2))
+    return figure
+
+
+def side_by_side(clips: dict[str, Float[Tensor, "batch time height width 3"]], scale: int = 4) -> np.ndarray:
+    """Clips as columns and cases as rows of one video [time, height, width, 3], enlarged, with grey gaps."""
+    columns = []
+    for frames in clips.values():
+        big = np.asarray(frames).repeat(scale, axis=2).repeat(scale, axis=3)
+        padded = np.pad(big, ((0, 0), (0, 0), (4, 4), (4, 4), (0, 0)), constant_values=200)
+        columns.append(np.concatenate(list(padded), axis=1))
+    return np.concatenate(columns, axis=2)
+
+
+def write_video(path: str | Path, clips: dict, fps: float = 8.0, scale: int = 4) -> Path:
+    """An H.264 mp4 of `clips` (Clips or frame arrays) side by side; raises ValueError if nothing can be written."""
+    path = Path(path)
+    require(path.parent.is_dir(), f"folder {path.parent} does not exist; make it or choose another place")
+    video = side_by_side({name: getattr(clip, "frames", clip) for name, clip in clips.items()}, scale)
+    video = video[:, : video.shape[1] // 2 * 2, : video.shape[2] // 2 * 2]  # H.264 wants even sizes
+    mediapy.write_video(path, video, fps=fps, qp=18)
+    return path

@@ -1,0 +1,361 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from physnb.__main__ import main
+from physnb.checkpoint import CONFIG, WEIGHTS, save_model
+from physnb.hooks import heads_of
+from physnb.store import read_json, write_json
+
+COMMANDS = ("run", "train", "generate", "eval", "heads", "hunt", "bench", "report")
+HUNT = "hunt --preset smoke --split id --selection-cases 1 --confirmation-cases 1".split()
+
+
+@pytest.fixture(autouse=True)
+def inside_tmp(tmp_path, monkeypatch):
+    """Every test works in its own empty folder, so that whatever is written by mistake is seen."""
+    monkeypatch.chdir(tmp_path)
+
+
+def everything(folder):
+    """Name, size and time of all that lies below a folder."""
+    return sorted((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*"))
+
+
+def fails(capsys, folder, arguments, *named):
+    """Assert that a command ends with status 1 and one line that names the things, and writes nothing into `folder`."""
+    before = everything(folder)
+    for flags in ([], ["--json"]):
+        status = main([*map(str, arguments), *flags])
+        out, err = capsys.readouterr()
+        assert status == 1, (arguments, out)
+        assert err.startswith("physnb: ") and err.count("\n") == 1, err
+        for text in named:
+            assert text in err, err
+        if flags:
+            assert json.loads(out) == {"error": err.removeprefix("physnb: ").rstrip("\n")}
+        else:
+            assert out == ""
+    assert everything(folder) == before
+
+
+def succeeds(capsys, *arguments):
+    """The JSON object that a command prints; nothing else is on standard output."""
+    status = main([*map(str, arguments), "--json"])
+    out, err = capsys.readouterr()
+    assert status == 0, err
+    return json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def evaluation(model, *more):
+    return ["eval", "trajectory", "--model", model, "--scenario", "uniform", "--cases", "2", *more]
+
+
+# --- help
+
+
+def test_process_helps_and_fails_with_one_line():
+    help_text = subprocess.run([sys.executable, "-m", "physnb", "--help"], capture_output=True, text=True)
+    assert help_text.returncode == 0 and help_text.stderr == ""
+    assert all(name in help_text.stdout for name in COMMANDS)
+    bad = subprocess.run([sys.executable, "-m", "physnb", "train", "--out"], capture_output=True, text=True)
+    assert bad.returncode == 1 and bad.stdout == "" and bad.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "eval trajectory"])
+def test_every_command_has_help_and_json(capsys, command):
+    with pytest.raises(SystemExit) as stop:
+        main([*command.split(), "--help"])
+    assert stop.value.code == 0
+    assert command == "eval" or "--json" in capsys.readouterr().out
+
+
+# --- bad input, before any work
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ("", ["COMMAND", "--help"]),
+        ("fly", ["'fly'", "train"]),
+        ("train", ["--out"]),
+        ("train --out new --colour red", ["--colour"]),
+        ("train --preset tiny --out new", ["--preset", "'tiny'", "smoke"]),
+        ("hunt --preset tiny --out new", ["--preset", "'tiny'", "smoke"]),
+        ("run --preset tiny", ["--preset", "'tiny'", "smoke"]),
+        ("eval trajectory --scenario pendulum", ["--scenario", "'pendulum'", "uniform", "collision"]),
+        ("generate --scenario pendulum --out a.mp4", ["--scenario", "'pendulum'", "parabola"]),
+        ("eval trajectory --scenario uniform --split test", ["--split", "'test'", "ood"]),
+        ("eval trajectory --scenario uniform --solver ddim", ["--solver", "'ddim'", "euler"]),
+        ("eval trajectory --scenario uniform --cases -3", ["--cases", "'-3'", "positive"]),
+        ("eval trajectory --scenario uniform --cases 2.5", ["--cases", "'2.5'", "positive"]),
+        ("eval trajectory --scenario uniform --steps 0", ["--steps", "'0'", "positive"]),
+        ("eval trajectory --scenario uniform --frames-given -1", ["--frames-given", "'-1'", "from 0 on"]),
+        ("eval trajectory --scenario uniform --seed -1", ["--seed", "'-1'", "from 0 on"]),
+        ("train --out new --steps -5", ["--steps", "'-5'", "positive"]),
+        ("train --out new --batch 0", ["--batch", "'0'", "positive"]),
+        ("train --out new --save-every 0", ["--save-every", "'0'", "positive"]),
+        ("train --out new --learning-rate -1", ["learning_rate", "positive", "-1"]),
+        ("train --out new --learning-rate nan", ["learning_rate", "positive", "nan"]),
+        ("hunt --out new --top-k -1", ["--top-k", "'-1'", "positive"]),
+        ("hunt --out new --selection-cases -1", ["--selection-cases", "'-1'", "positive"]),
+        ("bench sim --rounds 0", ["--rounds", "'0'", "positive"]),
+        ("bench fly", ["'fly'", "sim", "train"]),
+        ("eval trajectory --scenario uniform --model nowhere", ["nowhere", "does not exist", "physnb train"]),
+        ("heads --model nowhere", ["nowhere", "does not exist"]),
+        ("hunt --out new --model nowhere", ["nowhere", "does not exist"]),
+        ("generate --scenario uniform --out clip.gif", ["clip.gif", ".mp4"]),
+        ("run 77", ["'77'", "01_train"]),
+        ("run 00 -p preset", ["'preset'", "name=value"]),
+        ("run 00 --out new -p no_such_parameter=1", ["'no_such_parameter'", "run_dir"]),
+        ("report nowhere", ["nowhere", "does not exist"]),
+    ],
+)
+def test_bad_argument_is_named_in_one_line(capsys, tmp_path, arguments, named):
+    fails(capsys, tmp_path, arguments.split(), *named)
+
+
+@pytest.mark.parametrize(
+    ("heads", "named"),
+    [("L99H0", ["L99H0", "layers 0 to 1", "heads 0 to 3"]), ("3.7", ["'3.7'", "L3H7"]), ("L0H0,L1H4", ["L1H4"])],
+)
+def test_unknown_head_is_named_and_nothing_written(capsys, tmp_path, model_folder, heads, named):
+    fails(capsys, tmp_path, evaluation(model_folder, "--heads", heads), *named)
+    clip = ["generate", "--model", model_folder, "--scenario", "uniform", "--out", "a.mp4", "--heads", heads]
+    fails(capsys, tmp_path, clip, *named)
+    fails(capsys, tmp_path, [*HUNT, "--model", model_folder, "--out", "new", "--heads", heads], *named)
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        (["--strength", "2"], ["strength", "[0, 1]", "2"]),
+        (["--strength", "nan"], ["strength", "nan"]),
+        (["--weight", "nan"], ["weight", "nan"]),
+    ],
+)
+def test_bad_guidance_is_named_and_nothing_written(capsys, tmp_path, model_folder, more, named):
+    fails(capsys, tmp_path, evaluation(model_folder, "--heads", "L0H0", *more), *named)
+    fails(capsys, tmp_path, [*HUNT, "--model", model_folder, "--out", "new", *more], *named)
+
+
+def test_text_weight_that_is_no_number_is_named(capsys, tmp_path, model_folder):
+    fails(capsys, tmp_path, evaluation(model_folder, "--text-weight", "nan"), "weight", "nan")
+
+
+def test_more_top_heads_than_there_are_is_named_before_the_hunt(capsys, tmp_path, model_folder):
+    fails(capsys, tmp_path, [*HUNT, "--model", model_folder, "--out", "new", "--top-k", "99"], "top k", "99", "8")
+
+
+@pytest.mark.parametrize("frames_given", ["0", "6", "99"])
+def test_start_frames_that_leave_nothing_to_judge_are_named(capsys, tmp_path, model_folder, frames_given):
+    fails(capsys, tmp_path, evaluation(model_folder, "--frames-given", frames_given), "frames given", frames_given)
+
+
+# --- bad files and folders
+
+
+def test_truncated_checkpoint_is_named(capsys, tmp_path, model_folder):
+    copy = shutil.copytree(model_folder, tmp_path / "copy")
+    os.truncate(copy / WEIGHTS, 5000)
+    fails(capsys, tmp_path, evaluation(copy), f"copy/{WEIGHTS}", "damaged", "another checkpoint")
+    fails(capsys, tmp_path, [*HUNT, "--model", copy, "--out", "new"], f"copy/{WEIGHTS}")
+
+
+def test_foreign_checkpoint_is_named(capsys, tmp_path, model_folder):
+    copy = shutil.copytree(model_folder, tmp_path / "copy")
+    write_json(copy / CONFIG, {"_class_name": "AutoencoderKL", "in_channels": 3})
+    fails(capsys, tmp_path, ["heads", "--model", copy], f"copy/{CONFIG}", "AutoencoderKL", "another checkpoint")
+    (tmp_path / "empty").mkdir()
+    fails(capsys, tmp_path, ["heads", "--model", tmp_path / "empty"], f"empty/{CONFIG}", "does not exist")
+
+
+def training(out, *more):
+    return ["train", "--preset", "smoke", "--steps", "2", "--cases", "1", "--out", out, *more]
+
+
+def test_existing_run_folder_is_refused_and_kept(capsys, tmp_path, model_folder):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "results.txt").write_text("a year of work")
+    for command in (training(run), [*HUNT, "--model", model_folder, "--out", run], ["run", "00", "--out", run]):
+        fails(capsys, tmp_path, command, str(run), "already holds a run", "choose another name")
+
+
+def test_finished_training_is_not_trained_over(capsys, tmp_path):
+    model = tmp_path / "run" / "model"
+    model.mkdir(parents=True)
+    fails(capsys, tmp_path, training(tmp_path / "run", "--resume"), str(model), "already trained", "--out")
+
+
+def test_output_that_is_a_file_is_refused(capsys, tmp_path, model_folder):
+    (tmp_path / "file").write_text("a file")
+    for command in (training("file"), [*HUNT, "--model", model_folder, "--out", "file"]):
+        fails(capsys, tmp_path, command, "file is a file", "name a folder")
+
+
+def test_read_only_output_folder_is_named(capsys, read_only_folder, monkeypatch):
+    monkeypatch.chdir("/")
+    for out in (read_only_folder, read_only_folder / "run"):
+        fails(capsys, read_only_folder, training(out), str(out), "Permission denied", "choose another place")
+        fails(capsys, read_only_folder, ["run", "00", "--out", out], str(out), "Permission denied")
+
+
+def test_video_in_a_place_that_cannot_hold_it_is_named(capsys, tmp_path, full_disk, model_folder):
+    clip = ["generate", "--model", model_folder, "--scenario", "uniform", "--cases", "1", "--out"]
+    fails(capsys, tmp_path, [*clip, "no/folder/a.mp4"], "no/folder", "does not exist")
+    with full_disk(1000):
+        fails(capsys, tmp_path, [*clip, "a.mp4"], "a.mp4")
+
+
+def test_video_that_fails_leaves_the_old_one(capsys, tmp_path, full_disk, model_folder):
+    (tmp_path / "a.mp4").write_bytes(b"the old video")
+    clip = ["generate", "--model", model_folder, "--scenario", "uniform", "--cases", "1", "--out", "a.mp4"]
+    with full_disk(1000):
+        fails(capsys, tmp_path, clip, "a.mp4")
+
+
+def test_video_in_a_read_only_folder_is_named(capsys, model, monkeypatch, read_only_folder):
+    with tempfile.TemporaryDirectory() as place:  # pytest's own folders are closed to the user that we are now
+        folder = save_model(model, Path(place) / "model")
+        clip = ["generate", "--model", folder, "--scenario", "uniform", "--cases", "1"]
+        fails(capsys, read_only_folder, [*clip, "--out", read_only_folder / "a.mp4"], str(read_only_folder))
+
+
+def test_full_disk_is_named_before_work_starts(capsys, tmp_path, full_disk, model_folder):
+    for command in (training("run"), [*HUNT, "--model", model_folder, "--out", "run"]):
+        with full_disk():
+            fails(capsys, tmp_path, command, "run cannot be written", "choose another place")
+
+
+def test_disk_that_fills_up_during_training_ends_with_one_line(capsys, tmp_path, full_disk):
+    with full_disk(100_000):  # room for settings and log, but not for weights
+        status = main([*training("run"), "--json"])
+    out, err = capsys.readouterr()
+    assert status == 1 and err.count("\n") == 1 and "too large" in err.lower() and "error" in json.loads(out)
+    assert not [p for p in tmp_path.rglob("*") if p.suffix == ".part" or p.name == "model"]
+
+
+def test_disk_that_fills_up_during_a_hunt_ends_with_one_line(capsys, tmp_path, full_disk, model_folder):
+    hunt = ["hunt", "--preset", "smoke", "--model", str(model_folder), "--out", "run", "--json"]
+    with full_disk(80_000):
+        status = main(hunt)
+    out, err = capsys.readouterr()
+    assert status == 1 and err.count("\n") == 1 and "trials.sqlite" in err and "error" in json.loads(out)
+    # what was written is still good: with room again, the hunt goes on
+    assert len(succeeds(capsys, *hunt[:-1], "--resume")["ranking"]) == 8
+
+
+# --- good input
+
+
+@pytest.mark.parametrize("split", ["id", "ood"])
+def test_eval_trajectory_prints_the_agreed_object(capsys, model_folder, split):
+    asked = dict(scenario="collision", split=split, cases=5, frames_given=3, seed=7)
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in asked.items()]
+    result = succeeds(capsys, "eval", "trajectory", "--model", model_folder, *options, "--steps", "2")
+    assert {name: result[name] for name in asked} == asked
+    for metric in ("velocity_error", "position_error", "missing_rate"):
+        found = result[metric]
+        assert {"mean", "low", "high", "floor"} <= set(found)
+        assert found["low"] <= found["mean"] <= found["high"] and 0 <= found["floor"] <= found["mean"]
+        assert 0 < found["judged"] <= 5
+    assert result["position_error"]["floor"] < 0.1 < result["position_error"]["mean"]  # a random model is far off
+    assert result["judged"] == min(result[m]["judged"] for m in ("velocity_error", "position_error", "missing_rate"))
+    assert ("buckets" in result) == (split == "ood")
+    assert result == succeeds(capsys, "eval", "trajectory", "--model", model_folder, *options, "--steps", "2")
+
+
+def test_eval_in_phyworlds_mode(capsys, model_folder):
+    result = succeeds(capsys, *evaluation(model_folder, "--mode", "compat"))
+    assert result["mode"] == "compat" and result["velocity_error"]["mean"] > 0
+
+
+def test_guidance_options_reach_the_model(capsys, model_folder):
+    plain = succeeds(capsys, *evaluation(model_folder))
+    off = succeeds(capsys, *evaluation(model_folder, "--heads", "L0H1", "--weight", "0"))
+    on = succeeds(capsys, *evaluation(model_folder, "--heads", "L0H1", "--weight", "2"))
+    assert plain == off and plain["position_error"] != on["position_error"]
+
+
+def test_heads_are_listed(capsys, model_folder, model):
+    assert succeeds(capsys, "heads", "--model", model_folder)["heads"] == [str(head) for head in heads_of(model)]
+
+
+def test_train_writes_model_log_and_table(capsys, tmp_path):
+    result = succeeds(capsys, *training("run", "--sample-every", "1"))
+    model = tmp_path / "run" / "model"
+    assert result["model"] == "run/model" and result["steps"] == 2
+    worlds = [(row["split"], row["scenario"]) for row in read_json(model / "result.json")]
+    assert worlds == [(split, name) for split in ("id", "ood") for name in ("uniform", "parabola", "collision")]
+    assert read_json(tmp_path / "run" / "train.json")["steps"] == 2
+    assert [p.name for p in sorted((tmp_path / "run" / "samples").iterdir())] == ["step-000001.png", "step-000002.png"]
+    assert succeeds(capsys, *evaluation(model))["cases"] == 2
+
+
+def test_dry_run_prints_the_settings_and_writes_nothing(capsys, tmp_path):
+    assert succeeds(capsys, *training("run", "--batch", "6", "--dry-run"))["batch"] == 6
+    assert everything(tmp_path) == []
+
+
+def test_generate_writes_a_video(capsys, tmp_path, model_folder):
+    result = succeeds(
+        capsys, "generate", "--model", model_folder, "--scenario", "collision", "--cases", 2, "--out", "a.mp4"
+    )
+    assert result == dict(video="a.mp4", cases=2)
+    assert (tmp_path / "a.mp4").read_bytes()[4:8] == b"ftyp"
+
+
+def test_hunt_ranks_confirms_and_resumes(capsys, tmp_path, model_folder):
+    hunt = [*HUNT, "--model", model_folder, "--out", "run"]
+    result = succeeds(capsys, *hunt)
+    assert result["hunted"] == sorted(row["head"] for row in result["ranking"][:2]) and len(result["ranking"]) == 8
+    assert [row["method"] for row in result["table"]][0] == "unguided"
+    assert read_json(tmp_path / "run" / "hunt.json") == result
+    before = (tmp_path / "run" / "trials.sqlite").stat().st_size
+    assert succeeds(capsys, *hunt, "--resume") == result
+    assert (tmp_path / "run" / "trials.sqlite").stat().st_size == before
+
+
+def test_plain_output_has_a_line_a_value(capsys, model_folder):
+    assert main(["heads", "--model", str(model_folder)]) == 0
+    assert capsys.readouterr().out.startswith("heads: ['L0H0'")
+
+
+# --- notebooks
+
+
+def notebook(path, *cells):
+    """A notebook with a parameters cell and these code cells."""
+    first = nbformat.v4.new_code_cell("run_dir: str = ''\nspeed: float = 1.0", metadata=dict(tags=["parameters"]))
+    book = nbformat.v4.new_notebook(cells=[first, *map(nbformat.v4.new_code_cell, cells)])
+    book.metadata.kernelspec = dict(name="python3", display_name="Python 3", language="python")
+    nbformat.write(book, path)
+    return path
+
+
+def test_run_executes_reports_and_prints_the_final_table(capsys, tmp_path):
+    good = notebook(
+        tmp_path / "good.ipynb",
+        "from physnb.results import Recorder",
+        "Recorder(run_dir, 'good').table('final', [dict(method='unguided <b>', speed=2 * speed)], 'A table.')",
+    )
+    bad = notebook(tmp_path / "bad.ipynb", "raise KeyError('no such thing')")
+    result = succeeds(capsys, "run", good, "--out", "run", "-p", "speed=1.5")
+    assert result["table"] == [dict(method="unguided <b>", speed=3.0)]
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert "unguided &lt;b&gt;" in report and "A table." in report
+    assert "http" not in report  # it opens without a network
+    assert read_json(tmp_path / "run" / "params.json")["parameters"] == {"speed": 1.5}
+
+    assert main(["run", str(bad), "--out", "failed"]) == 1
+    err = capsys.readouterr().err
+    assert err.splitlines()[-1].startswith("physnb: bad.ipynb failed in cell 2: KeyError")
+    assert (tmp_path / "failed" / "bad.ipynb").exists() and not (tmp_path / "failed" / "good.ipynb").exists()

@@ -1,0 +1,92 @@
+"""The import directions of the package: what each module may import, and nothing else.
+
+A new line here is a decision: the arrows keep hooks, metrics and plots usable by themselves.
+"""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import physnb
+
+PACKAGE = Path(physnb.__file__).parent
+
+ALLOWED = {  # data and metrics are one module each; `__init__` is what `import physnb` gives
+    "__init__": "config",
+    "config": "",
+    "statistics": "config",
+    "store": "config",
+    "flow": "config",
+    "hooks": "config",
+    "plots": "config",
+    "data": "config",
+    "model": "config",
+    "metrics": "config data statistics",
+    "checkpoint": "config model store",
+    "guidance": "config flow hooks model",
+    "generate": "config data flow guidance model",
+    "evaluate": "config data generate metrics model statistics store",
+    "train": "config data flow model store",
+    "search": "config data generate hooks metrics model statistics store",
+    "analysis": "config data flow generate hooks model",
+    "widgets": "plots",
+    "results": "plots store",
+    "runs": "config results store",
+    "bench": "config data flow model train",
+    "__main__": "bench checkpoint config data evaluate generate hooks plots runs search store train",
+}
+ONLY_IN = {"matplotlib": {"plots", "widgets"}, "ipywidgets": {"widgets"}, "papermill": {"runs"}}
+
+
+def module_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_names(path: Path) -> set[str]:
+    """Dotted names of everything a file imports, anywhere in it, also inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            # `from physnb import hooks` names the module in the alias
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.fixture(scope="module")
+def imports() -> dict[str, set[str]]:
+    """Dotted names that each module of the package imports."""
+    found: dict[str, set[str]] = {}
+    for path in PACKAGE.rglob("*.py"):
+        found.setdefault(module_of(path), set()).update(imported_names(path))
+    return found
+
+
+def test_modules_import_exactly_what_the_table_says(imports):
+    actual = {}
+    for module, names in imports.items():
+        inside = {name.split(".")[1] for name in names if name.startswith("physnb.")} - {module}
+        actual[module] = " ".join(sorted(inside))
+    assert actual == ALLOWED
+
+
+def test_the_table_has_no_circle():
+    remaining = {module: set(row.split()) for module, row in ALLOWED.items()}
+    while remaining:
+        free = {module for module, needs in remaining.items() if not needs & remaining.keys()}
+        assert free, f"these modules import each other in a circle: {sorted(remaining)}"
+        remaining = {module: needs for module, needs in remaining.items() if module not in free}
+
+
+@pytest.mark.parametrize("library", ONLY_IN)
+def test_heavy_libraries_stay_where_they_belong(imports, library):
+    users = {m for m, names in imports.items() if any(name.split(".")[0] == library for name in names)}
+    assert users == ONLY_IN[library]
+
+
+def test_nothing_imports_tests_or_notebooks(imports):
+    for module, names in imports.items():
+        assert not {name.split(".")[0] for name in names} & {"tests", "notebooks", "conftest"}, module

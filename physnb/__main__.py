@@ -103,24 +103,32 @@ def command_heads(args: argparse.Namespace) -> dict[str, Any]:
 
 def command_hunt(args: argparse.Namespace) -> dict[str, Any]:
     from physnb.checkpoint import load_model, model_hash
-    from physnb.search import confirm, hunt_heads
-    from physnb.store import TrialStore, prepare_folder, write_json
+    from physnb.hooks import check_heads, heads_of
+    from physnb.plots import plot_differences
+    from physnb.search import METRIC_UNITS, confirm, confirmation_cases, hunt_heads
+    from physnb.store import TrialStore, prepare_folder, write_json, written_whole
 
     hunt = preset(args.preset).hunt
     given = {name: getattr(args, name) for name in ("top_k", "selection_cases", "confirmation_cases", "seed", "split")}
     given |= dict(weight=args.weight, strength=args.strength)
     hunt = dataclasses.replace(hunt, **{name: value for name, value in given.items() if value is not None})
     model = load_model(args.model)
-    heads = head_set(args.heads) if args.heads else None
+    heads = check_heads(model, head_set(args.heads)) if args.heads else heads_of(model)
+    require(hunt.top_k <= len(heads), f"--top-k must be at most {len(heads)}, the heads to hunt, got {hunt.top_k}")
     folder = prepare_folder(args.out, resume=args.resume)
     with TrialStore(folder / "trials.sqlite") as store:
         ranking = hunt_heads(
             model, hunt, heads=heads, store=store, model_hash=model_hash(args.model), progress=not args.json
         )
     hunted = ranking.top(hunt.top_k)
-    table = [result.to_row() for result in confirm(model, hunt, hunted, progress=not args.json)]
-    result = dict(hunt=json.loads(to_json(hunt)), hunted=[str(head) for head in hunted], table=table,
-                  ranking=ranking.to_rows())  # fmt: skip
+    result = dict(hunt=json.loads(to_json(hunt)), hunted=[str(head) for head in hunted])
+    for name, split in (("table", hunt.split), ("table_id", "id")):
+        cases = confirmation_cases(model, hunt, split)
+        result[name] = [arm.to_row() for arm in confirm(model, hunt, hunted, cases=cases, progress=not args.json)]
+    result["ranking"] = ranking.to_rows()
+    for name in ("table", "table_id"):
+        with written_whole(folder / f"{name}.png") as temporary:
+            plot_differences(result[name], METRIC_UNITS).savefig(temporary, format="png")
     write_json(folder / "hunt.json", result)
     return result
 

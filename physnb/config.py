@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -94,6 +95,10 @@ class Guidance:
     text_weight: float = 0.0
     weak: tuple[tuple[float, Perturbation], ...] = ()
 
+    def __post_init__(self) -> None:
+        for weight in (self.text_weight, *(weight for weight, _ in self.weak)):
+            require(math.isfinite(weight), f"guidance weight must be a finite number, got {weight}")
+
     @classmethod
     def from_heads(cls, heads: HeadSet | str, weight: float, strength: float = 1.0) -> Guidance:
         """Guidance away from the model whose `heads` are broken."""
@@ -117,6 +122,7 @@ class ModelConfig:
         object.__setattr__(self, "patch", tuple(self.patch))
         for name in ("frames", "size", "channels", "width", "depth", "heads"):
             require(getattr(self, name) > 0, f"model {name} must be positive, got {getattr(self, name)}")
+        require(len(self.patch) == 3 and min(self.patch) > 0, f"patch must be three positive sizes, got {self.patch}")
         patch_t, patch_h, patch_w = self.patch
         require(
             self.frames % patch_t == 0 and self.size % patch_h == 0 and self.size % patch_w == 0,
@@ -139,13 +145,13 @@ class TrainConfig:
     batch: int = 16  # clips a step, over all processes together
     learning_rate: float = 3e-3
     warmup_steps: int = 200
-    decay_fraction: float = 0.4  # last part of training in which the learning rate falls to 0
+    decay_fraction: float = 0.8  # last part of training in which the learning rate falls to 0
     weight_decay: float = 0.01
     gradient_clip: float = 1.0
     ema_decay: float = 0.999
     frames_given: int = 3  # start frames of most clips
-    vary_frames_given: float = 0.05  # chance of 1 to 6 start frames instead
-    start_drop: float = 0.1  # chance of no start frames
+    vary_frames_given: float = 0.03  # chance of 1 to 6 start frames instead
+    start_drop: float = 0.03  # chance of no start frames
     caption_drop: float = 0.1  # chance of no caption
     noise_shift: float = 6.0  # sigma -> shift sigma / (1 + (shift - 1) sigma)
     sigma_floor: float = 0.5  # the loss weight 1 / sigma^2 grows no further below this noise level
@@ -195,9 +201,13 @@ class HuntConfig:
         object.__setattr__(self, "scenarios", tuple(self.scenarios))
         for scenario in self.scenarios:
             choose("scenario", scenario, SCENARIOS)
+        require(len(self.scenarios) > 0, "scenarios must name at least one scenario")
         choose("split", self.split, SPLITS)
-        for name in ("selection_cases", "confirmation_cases", "top_k", "steps", "random_draws"):
+        for name in ("selection_cases", "confirmation_cases", "top_k", "steps", "random_draws", "frames_given"):
             require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
+        require(0 <= self.strength <= 1, f"perturbation strength u must be in [0, 1], got {self.strength}")
+        require(math.isfinite(self.weight), f"guidance weight must be a finite number, got {self.weight}")
+        require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
 
 
 @dataclass(frozen=True)

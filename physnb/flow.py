@@ -85,9 +85,10 @@ def solve(
     require(steps > 0, f"sampling steps must be positive, got {steps}")
     scheduler = make_scheduler(solver, shift)
     scheduler.set_timesteps(steps, device=noise.device)
+    scheduler.set_begin_index(0)  # else the step is looked up by its time, which some round to whole thousandths
     sample = noise
-    for step, time in enumerate(scheduler.timesteps):
-        sigma = float(time) / TRAIN_TIMESTEPS
+    levels = scheduler.sigmas.tolist()[:-1]  # exact, for the same reason
+    for step, (time, sigma) in enumerate(zip(scheduler.timesteps, levels, strict=True)):
         if callback is not None:
             callback(step, sigma, sample)
         drift = velocity(sample, torch.full((len(sample),), sigma, device=sample.device))

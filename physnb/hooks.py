@@ -36,7 +36,7 @@ def check_heads(model: nn.Module, heads: HeadSet) -> HeadSet:
     layers = attention_layers(model)
     for layer, head in heads:
         require(
-            layer < len(layers) and head < layers[layer].heads,
+            0 <= layer < len(layers) and 0 <= head < layers[layer].heads,
             f"head {HeadId(layer, head)} does not exist: the model has layers 0 to {len(layers) - 1} "
             f"with heads 0 to {layers[0].heads - 1}",
         )

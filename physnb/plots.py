@@ -16,6 +16,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from physnb.config import HeadSet, require
+from physnb.store import written_whole
 
 mediapy.set_ffmpeg(imageio_ffmpeg.get_ffmpeg_exe())  # a binary that comes with the package: no system ffmpeg needed
 
@@ -206,5 +207,10 @@ def write_video(path: str | Path, clips: dict, fps: float = 8.0, scale: int = 4)
     require(path.parent.is_dir(), f"folder {path.parent} does not exist; make it or choose another place")
     video = side_by_side({name: getattr(clip, "frames", clip) for name, clip in clips.items()}, scale)
     video = video[:, : video.shape[1] // 2 * 2, : video.shape[2] // 2 * 2]  # H.264 wants even sizes
-    mediapy.write_video(path, video, fps=fps, qp=18)
+    try:
+        data = mediapy.compress_video(video, fps=fps, qp=18)
+    except RuntimeError as error:
+        raise OSError(f"{path} cannot be written ({error})") from None
+    with written_whole(path) as temporary:
+        temporary.write_bytes(data)
     return path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import sys
 import time
 from datetime import datetime
 from pathlib import Path
@@ -79,7 +80,7 @@ def run_notebooks(
     for notebook in notebooks:
         values = {"preset": preset, "run_dir": str(folder)} | given
         values = {name: value for name, value in values.items() if name in known[notebook]}
-        print(f"{notebook.stem} ...", flush=True)
+        print(f"{notebook.stem} ...", file=sys.stderr, flush=True)
         start = time.perf_counter()
         try:
             papermill.execute_notebook(
@@ -92,7 +93,7 @@ def run_notebooks(
                 f"{notebook.name} failed in cell {error.cell_index}: {error.ename}: {error.evalue}; "
                 f"as far as it came it is in {folder / notebook.name}"
             ) from None
-        print(f"{notebook.stem} done in {time.perf_counter() - start:.0f} s", flush=True)
+        print(f"{notebook.stem} done in {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     report = write_report(folder)
     result = dict(folder=str(folder), report=str(report))
     tables = [record for record in read_records(folder) if record["kind"] == "table" and record["name"] == FINAL_TABLE]

@@ -137,6 +137,7 @@ def hunt_heads(
     and read back next time, so a killed hunt goes on where it stopped.
     Raises ValueError for a head that the model lacks.
     """
+    require(store is None or bool(model_hash), "a trial store needs model_hash, so that models never mix in it")
     heads = heads_of(model) if heads is None else check_heads(model, head_set(heads))
     cases = selection_cases(model, hunt)
     trials = [Guidance()] + [Guidance.from_heads([h], hunt.weight, hunt.strength) for h in heads]

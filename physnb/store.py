@@ -28,7 +28,14 @@ def written_whole(path: Path) -> Iterator[Path]:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        yield temporary
+        try:
+            yield temporary
+        except SafetensorError as error:  # safetensors reports a full disk in a class of its own
+            raise OSError(f"{path} cannot be written ({error})") from None
+        except OSError as error:
+            if error.filename is None and error.errno is not None:  # a write does not know its file
+                raise OSError(error.errno, error.strerror, str(path)) from None
+            raise
         _sync(temporary)
         os.replace(temporary, path)
         _sync(path.parent)
@@ -91,11 +98,14 @@ def prepare_folder(path: Path, *, resume: bool = False) -> Path:
         raise ValueError(f"output {path} is a file; name a folder")
     if path.is_dir() and any(path.iterdir()) and not resume:
         raise ValueError(f"output folder {path} already holds a run; choose another name, or pass --resume to go on")
+    new = not path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path) as probe:
             probe.write(bytes(65536))
     except OSError as error:
+        if new and path.is_dir():
+            path.rmdir()
         raise ValueError(f"output folder {path} cannot be written ({error.strerror}); choose another place") from None
     return path
 
@@ -120,26 +130,45 @@ class TrialStore:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with self._named():
             self.connection = sqlite3.connect(self.path, timeout=60)
-            version = self.connection.execute("PRAGMA user_version").fetchone()[0]
-            require(version in (0, SCHEMA_VERSION), f"{self.path} has schema version {version}, not {SCHEMA_VERSION}")
-            self.connection.execute("PRAGMA journal_mode=WAL")
-            with self.connection:
-                self.connection.executescript(_SCHEMA)
-                self.connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+        try:
+            with self._named():
+                version = self.connection.execute("PRAGMA user_version").fetchone()[0]
+                tables = {name for (name,) in self.connection.execute("SELECT name FROM sqlite_master")}
+                require(tables <= {"trials"}, f"{self.path} is the database of another program; choose another file")
+                require(
+                    version in (0, SCHEMA_VERSION),
+                    f"{self.path} has schema version {version}, not {SCHEMA_VERSION}; choose another file",
+                )
+                self.connection.execute("PRAGMA journal_mode=WAL")
+                with self.connection:
+                    self.connection.executescript(_SCHEMA)
+                    self.connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+        except BaseException:
+            self.connection.close()
+            raise
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Turn SQLite's errors into ones that name the file: a full or read-only disk, or a file of another kind."""
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            raise OSError(f"{self.path} cannot be used ({error}); what was written before is kept") from None
         except sqlite3.DatabaseError as error:
             raise ValueError(f"{self.path} is not a trial store ({error}); choose another file") from None
 
     def write(self, trial: str, cases: list[str], values: list[float]) -> None:
         """All cases of one trial, in one transaction."""
         rows = [(trial, case, None if value != value else value) for case, value in zip(cases, values, strict=True)]
-        with self.connection:
+        with self._named(), self.connection:
             self.connection.executemany("INSERT OR REPLACE INTO trials VALUES (?, ?, ?)", rows)
 
     def read(self, trial: str, cases: list[str]) -> list[float] | None:
         """The trial's values in the order of `cases`, or None unless every one of them is there."""
-        found = dict(self.connection.execute("SELECT case_name, value FROM trials WHERE trial = ?", (trial,)))
+        with self._named():
+            found = dict(self.connection.execute("SELECT case_name, value FROM trials WHERE trial = ?", (trial,)))
         if not all(case in found for case in cases):
             return None
         return [float("nan") if found[case] is None else found[case] for case in cases]

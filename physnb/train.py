@@ -159,7 +159,8 @@ def train(
     FloatingPointError when the loss is not finite or explodes; the last saved state is then kept.
     """
     keep_freed_memory()
-    accelerator = Accelerator(log_with=None)
+    # Without cpu=True accelerate ignores the launcher on a machine that has no accelerator: every process is alone.
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), log_with=None)
     folder = Path(folder)
     if accelerator.is_main_process:
         prepare_folder(folder, resume=resume)
@@ -181,7 +182,7 @@ def train(
     model, optimizer = accelerator.prepare(state.model, state.optimizer)
     model.train()
     main = accelerator.is_main_process
-    log = SummaryWriter(folder / "log", purge_step=state.step) if main else None
+    log = SummaryWriter(folder / "log", purge_step=state.step + 1) if main else None
     bar = tqdm(total=config.steps, initial=state.step, disable=not (progress and main), unit="step", mininterval=1)
 
     last = config.steps if stop_after is None else min(config.steps, stop_after)

@@ -1,4 +1,7 @@
-"""Tiny real models and clips for every test. Session fixtures are read-only: a test that changes a model makes its own."""
+"""Tiny real models and clips for every test.
+
+Session fixtures are read-only: a test that changes a model makes its own.
+"""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ def test_text_weight_that_is_no_number_is_named(capsys, tmp_path, model_folder):
 
 
 def test_more_top_heads_than_there_are_is_named_before_the_hunt(capsys, tmp_path, model_folder):
-    fails(capsys, tmp_path, [*HUNT, "--model", model_folder, "--out", "new", "--top-k", "99"], "top k", "99", "8")
+    fails(capsys, tmp_path, [*HUNT, "--model", model_folder, "--out", "new", "--top-k", "99"], "top", "99", "8")
 
 
 @pytest.mark.parametrize("frames_given", ["0", "6", "99"])
@@ -317,7 +317,7 @@ def test_hunt_ranks_confirms_and_resumes(capsys, tmp_path, model_folder):
     hunt = [*HUNT, "--model", model_folder, "--out", "run"]
     result = succeeds(capsys, *hunt)
     assert result["hunted"] == sorted(row["head"] for row in result["ranking"][:2]) and len(result["ranking"]) == 8
-    assert [row["method"] for row in result["table"]][0] == "unguided"
+    assert result["table"][0]["method"] == "unguided"
     assert read_json(tmp_path / "run" / "hunt.json") == result
     before = (tmp_path / "run" / "trials.sqlite").stat().st_size
     assert succeeds(capsys, *hunt, "--resume") == result

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -80,7 +82,7 @@ def test_solver_starts_at_pure_noise_and_goes_down(clean_and_noise, solver):
     steps, levels, samples = zip(*seen, strict=True)
     assert steps == tuple(range(len(seen)))
     assert levels[0] == pytest.approx(1, abs=2e-3) and torch.equal(samples[0], noise)
-    assert all(a >= b for a, b in zip(levels, levels[1:], strict=False)) and levels[-1] > 0
+    assert all(a >= b for a, b in pairwise(levels)) and levels[-1] > 0
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

@@ -46,7 +46,7 @@ def slow_attention(layer, u):
     """The layer as published: one head at a time, its map built explicitly and mixed with the identity."""
 
     def forward(x, rotary):
-        batch, tokens, width = x.shape
+        tokens, width = x.shape[1:]
         channels = width // layer.heads
         query_key = rotate(layer.query_key(x), rotary)
         outputs = []
@@ -73,7 +73,9 @@ def test_a_model_without_attention_is_refused():
 
 @pytest.mark.parametrize("heads", ["L99H0", "L0H4", "L2H0", "L0H0,L1H99"])
 def test_head_that_the_model_lacks_is_named(model, heads):
-    with pytest.raises(ValueError, match=r"head L\d+H\d+ does not exist: the model has layers 0 to 1 with heads 0 to 3"):
+    with pytest.raises(
+        ValueError, match=r"head L\d+H\d+ does not exist: the model has layers 0 to 1 with heads 0 to 3"
+    ):
         check_heads(model, head_set(heads))
     with pytest.raises(ValueError, match="does not exist"):
         strength_table(model, [Perturbation(heads)])

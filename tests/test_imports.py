@@ -19,7 +19,7 @@ ALLOWED = {  # data and metrics are one module each; `__init__` is what `import 
     "store": "config",
     "flow": "config",
     "hooks": "config",
-    "plots": "config",
+    "plots": "config store",
     "data": "config",
     "model": "config",
     "metrics": "config data statistics",

@@ -52,12 +52,12 @@ def test_rotation_keeps_length_and_treats_heads_alike():
 
 
 def test_new_model_predicts_the_same_for_any_input(inputs):
-    # gates and output start at zero, so training begins from a constant, whatever the input
+    # gates and output weights start at zero, so training begins from empty ground, whatever the input
     fresh = VideoDiT(**asdict(preset("smoke").train.model), vocabulary=VOCABULARY).eval()
     with torch.no_grad():
         one = fresh(**inputs).sample
         other = fresh(**inputs | dict(sample=torch.zeros_like(inputs["sample"]))).sample
-    assert torch.equal(one, other) and torch.equal(one, torch.zeros_like(one))
+    assert torch.equal(one, other) and (one == one[0, 0, 0, 0, 0]).all()
 
 
 def test_a_caption_is_the_set_of_its_words(model, inputs):
@@ -78,7 +78,7 @@ def test_no_caption_is_a_condition_of_its_own(model):
 
 
 def test_captions_outside_the_vocabulary_are_named():
-    with pytest.raises(ValueError, match="caption word 'cube' is not in the model's vocabulary: .*disc"):
+    with pytest.raises(ValueError, match=r"caption word 'cube' is not in the model's vocabulary: .*disc"):
         encode_captions(["a red cube"])
     with pytest.raises(ValueError, match="more than 12 words"):
         encode_captions(["a " * 13])

@@ -8,7 +8,7 @@ from physnb.config import Guidance, HeadId, HuntConfig, head_set
 from physnb.data import simulate
 from physnb.hooks import attention_layers, heads_of
 from physnb.search import (
-    TABLE_METRICS,
+    METRIC_UNITS,
     HeadRanking,
     confirm,
     confirmation_cases,
@@ -23,7 +23,8 @@ from physnb.search import (
 from physnb.store import TrialStore
 
 PLANTED = HeadId(1, 2)
-HUNT = HuntConfig(split="id", selection_cases=3, confirmation_cases=4, top_k=2, steps=2, random_draws=2, weight=1.0)
+HUNT = HuntConfig(split="id", selection_cases=3, confirmation_cases=4, top_k=2, steps=2, random_draws=2, weight=3.0)
+LOUD = 0.05  # units: an effect that nothing but a head can have
 GREY_LEVEL = 0.02  # units: what float rounding, as one grey level in a pixel or two, can move a centroid
 
 
@@ -42,25 +43,23 @@ def only_head(make_model, planted=PLANTED, seed=0):
 
 @pytest.fixture(scope="module")
 def planted_model(make_model):
-    return only_head(make_model)
+    """The first random model in which guiding away from the planted head helps; in a random one it may also hurt."""
+    for seed in range(20):
+        model = only_head(make_model, seed=seed)
+        if hunt_heads(model, HUNT, heads=(PLANTED,), progress=False).effects.mean() < -LOUD:
+            return model
+    raise AssertionError("the planted head helps in none of 20 models")
 
 
 @pytest.fixture(scope="module")
-def signed_hunt(planted_model):
-    """HUNT with the sign of w for which the planted head helps: in a random model it may be either."""
-    effect = hunt_heads(planted_model, HUNT, heads=(PLANTED,), progress=False).effects.mean()
-    return dataclasses.replace(HUNT, weight=-float(effect.sign()))
-
-
-@pytest.fixture(scope="module")
-def ranking(planted_model, signed_hunt) -> HeadRanking:
-    return hunt_heads(planted_model, signed_hunt, progress=False)
+def ranking(planted_model) -> HeadRanking:
+    return hunt_heads(planted_model, HUNT, progress=False)
 
 
 def test_planted_head_is_found_first(ranking):
     assert ranking.order()[0] == PLANTED and ranking.top(1) == (PLANTED,)
     best = ranking.to_rows()[0]
-    assert best["head"] == "L1H2" and best["mean"] < -0.05
+    assert best["head"] == "L1H2" and best["mean"] < -LOUD
 
 
 def test_heads_without_influence_have_exactly_no_effect(ranking):
@@ -70,9 +69,9 @@ def test_heads_without_influence_have_exactly_no_effect(ranking):
             assert torch.equal(effects, torch.zeros_like(effects)), head
 
 
-def test_batches_of_another_size_give_the_same_effects(planted_model, signed_hunt, ranking):
+def test_batches_of_another_size_give_the_same_effects(planted_model, ranking):
     for batch_size in (9, 1, 1000):
-        again = hunt_heads(planted_model, signed_hunt, batch_size=batch_size, progress=False)
+        again = hunt_heads(planted_model, HUNT, batch_size=batch_size, progress=False)
         torch.testing.assert_close(again.effects, ranking.effects, atol=GREY_LEVEL, rtol=0)
 
 
@@ -137,35 +136,35 @@ def test_random_head_sets_are_reproducible_and_fair(model):
         random_head_sets(model, 9, 1, seed=0)
 
 
-def test_confirmation_reports_every_arm_against_unguided(planted_model, signed_hunt):
-    results = confirm(planted_model, signed_hunt, (PLANTED,), progress=False)
+def test_confirmation_reports_every_arm_against_unguided(planted_model):
+    results = confirm(planted_model, HUNT, (PLANTED,), progress=False)
     rows = {result.name: result.to_row() for result in results}
     assert list(rows) == ["unguided", "CFG", "1 random heads", "all heads", "1 hunted heads"]
     json.dumps(list(rows.values()), allow_nan=False)
-    for metric in TABLE_METRICS:
+    for metric in METRIC_UNITS:
         assert rows["unguided"][metric]["difference"] is None
         assert rows["unguided"][metric]["cases"] == 12
     # all heads together are the planted one, and nothing else
-    found = rows["1 hunted heads"]["tracking_error"]["difference"]
-    everything = rows["all heads"]["tracking_error"]["difference"]
-    assert found["mean"] == pytest.approx(everything["mean"], abs=GREY_LEVEL) and abs(found["mean"]) > 0.05
+    *_, everything, found = (result.values["tracking_error"] for result in results)
+    torch.testing.assert_close(found, everything, atol=GREY_LEVEL, rtol=0)
+    assert (found - results[0].values["tracking_error"]).abs().mean() > LOUD
 
 
-def test_difference_is_paired_case_by_case(planted_model, signed_hunt):
-    arm = confirm(planted_model, signed_hunt, (PLANTED,), progress=False)[-1]
+def test_difference_is_paired_case_by_case(planted_model):
+    arm = confirm(planted_model, HUNT, (PLANTED,), progress=False)[-1]
     expected = (arm.values["tracking_error"] - arm.baseline["tracking_error"]).mean()
     assert arm.difference("tracking_error").mean == pytest.approx(float(expected), abs=1e-5)
     assert arm.estimate("tracking_error", [0, 1]).mean == pytest.approx(float(arm.values["tracking_error"][:2].mean()))
 
 
-def test_surface_is_flat_where_guidance_is_off(planted_model, signed_hunt):
-    w = signed_hunt.weight
-    surface = strength_surface(planted_model, signed_hunt, (PLANTED,), [0.0, w], [0.0, 0.5, 1.0], progress=False)
+def test_surface_is_flat_where_guidance_is_off(planted_model):
+    w = HUNT.weight
+    surface = strength_surface(planted_model, HUNT, (PLANTED,), [0.0, w], [0.0, 0.5, 1.0], progress=False)
     assert list(surface) == [(0.0, 0.0), (0.0, 0.5), (0.0, 1.0), (w, 0.0), (w, 0.5), (w, 1.0)]
     for (weight, strength), arm in surface.items():
         off = weight == 0 or strength == 0
         assert (arm.difference("tracking_error").mean == 0) == off
-    arm = confirm(planted_model, signed_hunt, (PLANTED,), progress=False)[-1]  # the corner is the hunt's own setting
+    arm = confirm(planted_model, HUNT, (PLANTED,), progress=False)[-1]  # the corner is the hunt's own setting
     assert torch.equal(surface[w, 1.0].values["tracking_error"], arm.values["tracking_error"])
 
 
@@ -179,21 +178,21 @@ def test_unknown_head_is_named_before_work_starts(model):
 # --- stored trials
 
 
-def test_hunt_stopped_half_way_ends_with_the_same_numbers(planted_model, signed_hunt, ranking, tmp_path):
+def test_hunt_stopped_half_way_ends_with_the_same_numbers(planted_model, ranking, tmp_path):
     with TrialStore(tmp_path / "t.sqlite") as store:
-        hunt_heads(planted_model, signed_hunt, heads=ranking.heads[:3], store=store, model_hash="m", progress=False)
+        hunt_heads(planted_model, HUNT, heads=ranking.heads[:3], store=store, model_hash="m", progress=False)
     with TrialStore(tmp_path / "t.sqlite") as store:
-        resumed = hunt_heads(planted_model, signed_hunt, store=store, model_hash="m", progress=False)
+        resumed = hunt_heads(planted_model, HUNT, store=store, model_hash="m", progress=False)
     assert torch.equal(resumed.effects, ranking.effects) and torch.equal(resumed.baseline, ranking.baseline)
     assert resumed.order() == ranking.order()
 
 
-def test_stored_trials_are_read_and_not_run_again(planted_model, signed_hunt, tmp_path):
+def test_stored_trials_are_read_and_not_run_again(planted_model, tmp_path):
     with TrialStore(tmp_path / "t.sqlite") as store:
-        hunt_heads(planted_model, signed_hunt, store=store, model_hash="m", progress=False)
-        key = trial_key("m", signed_hunt, "tracking_error", Guidance.from_heads("L0H3", signed_hunt.weight))
+        hunt_heads(planted_model, HUNT, store=store, model_hash="m", progress=False)
+        key = trial_key("m", HUNT, "tracking_error", Guidance.from_heads("L0H3", HUNT.weight))
         store.connection.execute("UPDATE trials SET value = -100 WHERE trial = ?", (key,))  # no run gives this
-        again = hunt_heads(planted_model, signed_hunt, store=store, model_hash="m", progress=False)
+        again = hunt_heads(planted_model, HUNT, store=store, model_hash="m", progress=False)
         assert again.order()[0] == HeadId(0, 3)
         rows = store.connection.execute("SELECT COUNT(*), COUNT(DISTINCT trial) FROM trials").fetchone()
         assert rows == (9 * 9, 9)  # the baseline and 8 heads, 9 cases each
@@ -204,7 +203,7 @@ def test_killed_hunt_resumes_to_the_same_ranking(make_model, tmp_path, start_pyt
 
     folder, path = save_model(only_head(make_model), tmp_path / "model"), tmp_path / "trials.sqlite"
     hunt = dataclasses.replace(HUNT, selection_cases=2)
-    settings = dict(split="id", selection_cases=2, top_k=2, steps=2, random_draws=2, weight=1.0)
+    settings = dict(split="id", selection_cases=2, top_k=2, steps=2, random_draws=2, weight=3.0)
     # one head at a time, and the kill comes after the fourth row of the bar: between two transactions or within one
     program = f"""
 from physnb.checkpoint import load_model, model_hash
@@ -214,7 +213,8 @@ from physnb.store import TrialStore
 store = TrialStore({str(path)!r})
 store.connection.set_trace_callback(lambda sql: print(sql[:6], flush=True))
 hunt = HuntConfig(**{settings!r}, confirmation_cases=4)
-hunt_heads(load_model({str(folder)!r}), hunt, store=store, model_hash=model_hash({str(folder)!r}), batch_size=6, progress=False)
+model, name = load_model({str(folder)!r}), model_hash({str(folder)!r})
+hunt_heads(model, hunt, store=store, model_hash=name, batch_size=6, progress=False)
 """
     process = start_python("-c", program)
     commits = 0
@@ -228,9 +228,7 @@ hunt_heads(load_model({str(folder)!r}), hunt, store=store, model_hash=model_hash
         ((stored,),) = store.connection.execute("SELECT COUNT(DISTINCT trial) FROM trials")
         assert 3 <= stored < 9
         model = load_model(folder)
-        resumed = hunt_heads(
-            model, hunt, store=store, model_hash=model_hash(folder), batch_size=6, progress=False
-        )
+        resumed = hunt_heads(model, hunt, store=store, model_hash=model_hash(folder), batch_size=6, progress=False)
     whole = hunt_heads(model, hunt, batch_size=6, progress=False)
     assert torch.equal(resumed.effects, whole.effects) and resumed.order() == whole.order()
 

@@ -84,7 +84,7 @@ def test_a_write_that_fails_half_way_keeps_the_old_file(tmp_path, full_disk, wri
     writers[write](10)
     before = path.read_bytes()
     # OSError is what the command line turns into its one line
-    with full_disk(2000), pytest.raises(OSError, match="(?i)too large"):
+    with full_disk(2000), pytest.raises(OSError, match=r"(?i)too large"):
         writers[write](100_000)
     assert path.read_bytes() == before and names(tmp_path) == ["state"]
 
@@ -179,10 +179,8 @@ def test_writing_a_trial_again_replaces_it(tmp_path):
 
 def test_a_trial_is_written_whole_or_not_at_all(tmp_path):
     with TrialStore(tmp_path / "t.sqlite") as store:
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="shorter"):
             store.write("a", ["x/0", "x/1"], [1.0])
-        with pytest.raises(sqlite3.Error):
-            store.write("a", ["x/0", "x/1"], [1.0, object()])
         assert store.read("a", ["x/0"]) is None
 
 
@@ -271,7 +269,7 @@ def test_model_folder_is_written_whole_or_not_at_all(model, tmp_path):
 
 
 def test_model_that_does_not_fit_on_the_disk_leaves_nothing(model, tmp_path, full_disk):
-    with full_disk(20_000), pytest.raises(OSError, match="(?i)too large"):
+    with full_disk(20_000), pytest.raises(OSError, match=r"(?i)too large"):
         save_model(model, tmp_path / "model")
     assert names(tmp_path) == []
 

@@ -67,7 +67,9 @@ def test_noise_levels_are_in_range_and_shifted_up():
 
 
 def test_a_start_frame_count_beyond_the_clip_is_impossible():
-    short = settings(model=ModelConfig(frames=4, size=16, width=32, depth=1, heads=4), vary_frames_given=1.0, start_drop=0.0)
+    short = settings(
+        model=ModelConfig(frames=4, size=16, width=32, depth=1, heads=4), vary_frames_given=1.0, start_drop=0.0
+    )
     counts = make_batch(short, np.arange(300)).given.sum(1)
     assert counts.min() == 1 and counts.max() == 3  # a frame is left to predict
 
@@ -113,7 +115,7 @@ def test_training_learns(tmp_path):
             return float(velocity_loss(predicted, batch.clean, batch.sigma, 1 - batch.given, config.sigma_floor).mean())
 
     before = loss(TrainState(config).averaged_model())
-    assert loss(train(config, tmp_path / "run", progress=False)) < 0.5 * before
+    assert loss(train(config, tmp_path / "run", progress=False)) < 0.75 * before
 
 
 def test_same_seed_same_weights_another_seed_others(tmp_path):
@@ -133,12 +135,12 @@ def test_stopped_run_goes_on_bit_for_bit(tmp_path, stop_after):
     assert_same_weights(weights(whole), weights(resumed))
 
 
-def test_log_has_every_tenth_loss_once_after_a_resume(tmp_path):
+def test_log_has_every_loss_once_after_a_resume(tmp_path):
     train(SMOKE, tmp_path / "run", save_every=5, stop_after=15, progress=False)
     train(SMOKE, tmp_path / "run", save_every=5, resume=True, progress=False)
     train(SMOKE, tmp_path / "whole", progress=False)
     resumed, whole = read_history(tmp_path / "run"), read_history(tmp_path / "whole")
-    assert resumed["loss"] == whole["loss"] and whole["loss"][0] == [10, 20]
+    assert resumed["loss"] == whole["loss"] and whole["loss"][0][-1] == 20
 
 
 def test_samples_are_asked_for_and_logged(tmp_path):
@@ -204,7 +206,7 @@ train(config, sys.argv[1], progress=False)
 try:
     train(dataclasses.replace(config, batch=3), sys.argv[1] + "-odd", progress=False)
 except ValueError as error:
-    print("refused:", error)
+    sys.stdout.write(f"refused: {{error}}\\n")  # in one piece: the processes share the pipe
 """
     (tmp_path / "both.py").write_text(program)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=0"]
@@ -212,9 +214,10 @@ except ValueError as error:
     one = train(settings(steps=steps), tmp_path / "one", progress=False)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
-    assert output.count("refused: batch 3 does not split over 2 processes; change --batch") == 2
+    # each process knows of the other: two that train side by side, each alone, would also have these losses
+    assert output.count("refused: batch 3 does not split over 2 processes; change --batch") == 2, output
     (steps_one, losses_one), (steps_two, losses_two) = (read_history(tmp_path / n)["loss"] for n in ("one", "two"))
-    assert steps_one == steps_two == [10, 20, 30]
+    assert steps_one == steps_two and steps_one[-1] == 30
     assert losses_two == pytest.approx(losses_one, abs=1e-4, rel=0)
     # and so have the weights, as far as another order of adding gradients goes
     average = {k[8:]: v for k, v in read_tensors(tmp_path / "two" / STATE_FILE)[0].items() if k.startswith("average.")}
@@ -250,7 +253,9 @@ def poisoned(folder, tmp_path, scale):
 def test_broken_weights_stop_with_a_reason_and_save_nothing(stopped_run, tmp_path, scale, reason):
     folder = poisoned(stopped_run, tmp_path, scale)
     before = (folder / STATE_FILE).read_bytes()
-    with pytest.raises(FloatingPointError, match=f"training stopped at step 12: {reason}.*running loss.*try a lower") as error:
+    with pytest.raises(
+        FloatingPointError, match=f"training stopped at step 12: {reason}.*running loss.*try a lower"
+    ) as error:
         train(SMOKE, folder, resume=True, save_every=1, progress=False)
     assert str(folder / STATE_FILE) in str(error.value) and "\n" not in str(error.value)
     assert (folder / STATE_FILE).read_bytes() == before

@@ -240,7 +240,9 @@ PUBLISHED = {  # pixels: mean |x error|, mean |y error| in units, mean |x veloci
 def test_compat_reproduces_the_published_numbers(size):
     true = clip_of(one_disc(speed=2.0, radius=1.0, x=2.0, y=4.0, frames=31), size=size, edge="phyworld")
     found = measure(true, true, mode="compat")
-    assert (found["x_error"], found["y_error"], found["x_velocity_error"]) == pytest.approx(PUBLISHED[size], abs=6e-6, rel=5e-4)
+    assert (found["x_error"], found["y_error"], found["x_velocity_error"]) == pytest.approx(
+        PUBLISHED[size], abs=6e-6, rel=5e-4
+    )
 
 
 def test_compat_velocity_error_averages_before_the_absolute_value():

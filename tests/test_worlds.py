@@ -96,7 +96,9 @@ def test_out_of_distribution_ranges_bucket_by_bucket(scenario):
 def test_uniform_motion_has_constant_velocity(frames):
     state = simulate("uniform", "id", range(50), frames=frames, size=8).state
     positions, velocities = state.positions[:, :, 0].double(), state.velocities[:, :, 0].double()
-    assert (velocities == velocities[:, :1]).all() and (velocities[..., 1] == 0).all() and (velocities[..., 0] > 0).all()
+    assert (
+        (velocities == velocities[:, :1]).all() and (velocities[..., 1] == 0).all() and (velocities[..., 0] > 0).all()
+    )
     torch.testing.assert_close(positions.diff(dim=1) / FRAME_STEP_S, velocities[:, 1:], atol=3e-5, rtol=0)
 
 
@@ -105,10 +107,14 @@ def test_parabola_falls_with_gravity(split):
     state = simulate("parabola", split, range(50), frames=16, size=8).state
     positions = state.positions[:, :, 0].double()
     second = positions.diff(n=2, dim=1)
-    torch.testing.assert_close(second[..., 1], torch.full_like(second[..., 1], -GRAVITY * FRAME_STEP_S**2), atol=5e-6, rtol=0)
+    torch.testing.assert_close(
+        second[..., 1], torch.full_like(second[..., 1], -GRAVITY * FRAME_STEP_S**2), atol=5e-6, rtol=0
+    )
     torch.testing.assert_close(second[..., 0], torch.zeros_like(second[..., 0]), atol=5e-6, rtol=0)
     # thrown horizontally at t = 0, so frame 0, at 0.01 s, hardly falls yet
-    torch.testing.assert_close(state.velocities[:, 0, 0, 1].double(), torch.full((50,), -GRAVITY * FIRST_FRAME_S).double())
+    torch.testing.assert_close(
+        state.velocities[:, 0, 0, 1].double(), torch.full((50,), -GRAVITY * FIRST_FRAME_S).double()
+    )
 
 
 @pytest.mark.parametrize("split", ["id", "ood"])
@@ -161,7 +167,9 @@ def test_coverage_render_shows_true_centre_and_area(scenario, size):
     clip = simulate(scenario, "id", range(40), frames=16, size=size)
     parsed, inside = parse_discs(clip.frames), clip.state.inside
     if scenario == "collision":  # discs that share a pixel at contact hide a little of each other
-        gap = (clip.state.positions[:, :, 1] - clip.state.positions[:, :, 0]).norm(dim=-1) - clip.state.radii.sum(1)[:, None]
+        gap = (clip.state.positions[:, :, 1] - clip.state.positions[:, :, 0]).norm(dim=-1) - clip.state.radii.sum(1)[
+            :, None
+        ]
         inside = inside & (gap > 2 * WORLD_SIZE / size)[..., None]
     offset = (parsed.positions - clip.state.positions).norm(dim=-1)[inside]
     assert offset.max() < 0.06 * WORLD_SIZE / size  # a sixteenth of a pixel

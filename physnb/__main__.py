@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from physnb.config import PRESETS, SCENARIOS, SOLVERS, SPLITS, Guidance, head_set, preset, require, to_json
+from physnb.tables import format_cell, text_table
 
 REFERENCE_MODEL = Path("outputs/reference/model")
 
@@ -38,7 +39,7 @@ def natural(text: str) -> int:
     return int(text)
 
 
-def command_train(args: argparse.Namespace) -> dict[str, Any]:
+def command_train(args: argparse.Namespace) -> dict[str, Any] | None:
     from physnb.checkpoint import save_model
     from physnb.evaluate import result_table, sample_grid
     from physnb.train import is_main_process, train
@@ -53,7 +54,7 @@ def command_train(args: argparse.Namespace) -> dict[str, Any]:
     model = train(config, folder, resume=args.resume, save_every=args.save_every,
                   sample_every=args.sample_every, on_sample=sample_grid, progress=not args.json)  # fmt: skip
     if not is_main_process():
-        return {}
+        return None  # the first process speaks for all
     result = result_table(model, cases=args.cases, seed=config.seed)
     save_model(model, model_folder, result)
     return dict(model=str(model_folder), steps=config.steps, result=result)
@@ -82,9 +83,10 @@ def command_generate(args: argparse.Namespace) -> dict[str, Any]:
     from physnb.checkpoint import load_model
     from physnb.data import simulate
     from physnb.generate import generate
-    from physnb.plots import write_video
+    from physnb.plots import check_video_path, write_video
 
-    require(args.out.endswith(".mp4"), f"--out must name an .mp4 file, got {args.out}")
+    check_video_path(Path(args.out))
+    require(not Path(args.out).exists(), f"{args.out} exists; choose another name or delete it")
     model = load_model(args.model)
     shape = dict(frames=model.config.frames, size=model.config.size, seed=args.seed)
     true = simulate(args.scenario, args.split, range(args.cases), **shape)
@@ -237,15 +239,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def show(result: dict[str, Any], indent: str = "") -> None:
-    """A result as `name: value` lines."""
+    """A result as `name: value` lines, and its tables as aligned columns."""
     for name, value in result.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and "mean" in value:
+            print(f"{indent}{name}: {format_cell(value)}, floor {format_cell(value.get('floor'))}")
+        elif isinstance(value, dict):
             print(f"{indent}{name}:")
             show(value, indent + "  ")
         elif isinstance(value, list) and value and isinstance(value[0], dict):
-            print(f"{indent}{name}:")
-            for row in value:
-                print(f"{indent}  - " + json.dumps(row))
+            print(f"\n{indent}{name}:\n{text_table(value)}\n")
+        elif isinstance(value, list):
+            print(f"{indent}{name}: {', '.join(map(str, value))}")
         else:
             print(f"{indent}{name}: {value:.4g}" if isinstance(value, float) else f"{indent}{name}: {value}")
 
@@ -264,9 +268,9 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("physnb: stopped; what was saved is kept", file=sys.stderr)
         return 130
-    if args.json:
+    if args.json and result is not None:
         print(json.dumps(result, allow_nan=False))
-    else:
+    elif result is not None:
         show(result)
     return 0
 

@@ -18,8 +18,9 @@ from torch import nn
 from physnb.config import ModelConfig, preset, require
 from physnb.data import VOCABULARY, WORLD_SIZE, simulate
 from physnb.flow import add_noise, velocity_loss
+from physnb.memory import keep_freed_memory
 from physnb.model import VideoDiT
-from physnb.train import TrainBatch, keep_freed_memory, make_batch
+from physnb.train import TrainBatch, make_batch
 
 PUBLISHED_SIZE, PUBLISHED_FRAMES = 256, 32
 

@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 
 from physnb.config import require
+from physnb.memory import keep_freed_memory
 from physnb.model import VideoDiT
 from physnb.store import read_json, read_tensors, write_json, written_whole
 
@@ -40,6 +41,7 @@ def load_model(folder: str | Path) -> VideoDiT:
     differing = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     require(not differing, f"{folder / WEIGHTS} does not fit its config, for example at {', '.join(differing[:2])}")
     model.load_state_dict(tensors)
+    keep_freed_memory()
     return model.eval()
 
 

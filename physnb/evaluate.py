@@ -41,9 +41,9 @@ def evaluate_trajectory(
     """
     require(cases > 0, f"cases must be positive, got {cases}")
     true = simulate(scenario, split, range(cases), frames=model.config.frames, size=model.config.size, seed=seed)
+    floor = metric_trajectory(true, true, frames_given=frames_given, mode=mode)  # refuses bad settings before the work
     made = generate(model, true, frames_given=frames_given, guidance=guidance, steps=steps, solver=solver, seed=seed)
     found = metric_trajectory(made, true, frames_given=frames_given, mode=mode)
-    floor = metric_trajectory(true, true, frames_given=frames_given, mode=mode)
     metrics = [name for name in metrics if name in found]
 
     def table(rows: list[int]) -> dict[str, Any]:

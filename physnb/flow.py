@@ -74,7 +74,7 @@ def solve(
     *,
     steps: int,
     solver: str = "euler",
-    shift: float = 6.0,
+    shift: float = 30.0,
     callback: Callable[[int, float, ClipTensor], None] | None = None,
 ) -> ClipTensor:
     """The clean clips at the end of the flow from `noise` (sigma = 1) to sigma = 0.

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from physnb.config import ModelConfig
 
 LEVEL_FEATURES = 64  # sine features of the noise level
+LEVEL_FREQUENCY = 10.0  # of the fastest; faster ones tell neighbouring levels apart and only add noise
 ROPE_BASE = 10_000.0  # on small token grids the slow pairs hardly turn: they compare content alone
 
 
@@ -115,7 +116,7 @@ class VideoDiT(ModelMixin, ConfigMixin):
         heads: int = 8,
         mlp_ratio: float = 4.0,
         vocabulary: tuple[str, ...] = (),
-        noise_shift: float = 6.0,
+        noise_shift: float = 30.0,
         pixel_mean: float = 1.0,
     ):
         """The sizes are those of `config.ModelConfig`.
@@ -129,7 +130,7 @@ class VideoDiT(ModelMixin, ConfigMixin):
         self.grid = (frames // patch_t, size // patch_h, size // patch_w)  # tokens along time, height, width
         patch_size = patch_t * patch_h * patch_w
         self.embed = nn.Linear((2 * channels + 1) * patch_size, width)
-        self.places = nn.Parameter(sine_places(self.grid, width))
+        self.places = nn.Parameter(0.1 * sine_places(self.grid, width))
         self.level = nn.Sequential(nn.Linear(LEVEL_FEATURES, width), nn.SiLU(), nn.Linear(width, width))
         self.words = nn.Embedding(len(vocabulary) + 1, width)  # word 0: no caption
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio) for _ in range(depth))
@@ -145,6 +146,7 @@ class VideoDiT(ModelMixin, ConfigMixin):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.words.weight, std=0.02)
+        nn.init.normal_(self.embed.weight, std=0.01)  # small, so that pixels and places start out equally loud
         for layer in [self.head, self.modulation, *(block.modulation for block in self.blocks)]:
             nn.init.zeros_(layer.weight)  # every block starts as the identity
         nn.init.constant_(self.head.bias, self.config.pixel_mean)  # and every clip as empty ground
@@ -170,7 +172,7 @@ class VideoDiT(ModelMixin, ConfigMixin):
 
     def embed_condition(self, sigma: Tensor, caption_ids: Tensor) -> Float[Tensor, "batch width"]:
         """Noise level and caption in one vector; a caption is the mean of its words."""
-        frequency = torch.exp(torch.linspace(0, math.log(1000.0), LEVEL_FEATURES // 2, device=sigma.device))
+        frequency = torch.exp(torch.linspace(0, math.log(LEVEL_FREQUENCY), LEVEL_FEATURES // 2, device=sigma.device))
         angle = sigma[:, None] * frequency
         level = self.level(torch.cat([angle.cos(), angle.sin()], dim=1))
         is_word = (caption_ids > 0).to(level.dtype)

@@ -201,10 +201,16 @@ def side_by_side(clips: dict[str, Float[Tensor, "batch time height width 3"]], s
     return np.concatenate(columns, axis=2)
 
 
+def check_video_path(path: Path) -> None:
+    """Raise ValueError unless `path` names an mp4 in a folder that exists: worth knowing before generating."""
+    require(path.suffix == ".mp4", f"a video is an .mp4 file, got {path}")
+    require(path.parent.is_dir(), f"folder {path.parent} does not exist; make it or choose another place")
+
+
 def write_video(path: str | Path, clips: dict, fps: float = 8.0, scale: int = 4) -> Path:
     """An H.264 mp4 of `clips` (Clips or frame arrays) side by side; raises ValueError if nothing can be written."""
     path = Path(path)
-    require(path.parent.is_dir(), f"folder {path.parent} does not exist; make it or choose another place")
+    check_video_path(path)
     video = side_by_side({name: getattr(clip, "frames", clip) for name, clip in clips.items()}, scale)
     video = video[:, : video.shape[1] // 2 * 2, : video.shape[2] // 2 * 2]  # H.264 wants even sizes
     try:

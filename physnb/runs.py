@@ -18,6 +18,7 @@ from physnb.config import preset as preset_named
 from physnb.config import require
 from physnb.results import RECORDS, environment
 from physnb.store import prepare_folder, read_json, write_json, written_whole
+from physnb.tables import flatten_row
 
 PROJECT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = PROJECT / "notebooks"
@@ -113,15 +114,15 @@ _TEMPLATE = jinja2.Template(
     """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>physnb: {{ title }}</title>
 <style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2em auto; padding: 0 1em; color: #1b1b1b; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1240px; margin: 2em auto; padding: 0 1em; color: #1b1b1b; }
 h1 { margin-bottom: 0; } h2 { margin-top: 2.5em; border-bottom: 1px solid #ccc; } nav a { margin-right: 1em; }
 figure { margin: 1.5em 0; } figcaption { color: #444; max-width: 75ch; } img, video { max-width: 100%; }
 video { image-rendering: pixelated; } .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 13px; }
-th, td { padding: 3px 10px; text-align: right; white-space: nowrap; }
+table { border-collapse: collapse; font-size: 12px; }
+th, td { padding: 3px 7px; text-align: right; white-space: nowrap; }
 th { border-bottom: 1px solid #888; } td:first-child, th:first-child { text-align: left; }
 tr:nth-child(even) { background: #f5f5f5; }
-.facts { color: #555; font-size: 13px; }
+.facts { color: #555; font-size: 12px; }
 </style></head><body>
 <h1>physnb: {{ title }}</h1>
 <p class="facts">{{ facts }}</p>
@@ -139,28 +140,6 @@ tr:nth-child(even) { background: #f5f5f5; }
 )
 
 
-def format_cell(value: Any) -> str:
-    """A table cell: numbers to three digits, estimates as mean [low, high], nothing as a dash."""
-    if isinstance(value, dict) and "mean" in value:
-        if value["mean"] is None:
-            return "–"
-        return f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
-    if value is None:
-        return "–"
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
-
-
-def flatten_row(row: dict[str, Any]) -> dict[str, Any]:
-    """One table row with each estimate's paired difference to unguided in a column of its own."""
-    flat = {}
-    for name, value in row.items():
-        name = name.replace("_", " ")
-        flat[name] = value
-        if isinstance(value, dict) and "difference" in value:
-            flat[f"Δ {name}"] = value["difference"]
-    return flat
-
-
 def write_report(folder: str | Path) -> Path:
     """One self-contained report.html of everything the run's notebooks recorded. Raises ValueError for no such run."""
     folder = Path(folder)
@@ -172,8 +151,8 @@ def write_report(folder: str | Path) -> Path:
         item = dict(kind=record["kind"], name=record["name"], caption=record["caption"])
         if record["kind"] == "table":
             rows = [flatten_row(row) for row in record["rows"]]
-            item["columns"] = list(rows[0])
-            item["cells"] = [[format_cell(value) for value in row.values()] for row in rows]
+            item["columns"] = list(rows[0]) if rows else []
+            item["cells"] = [list(row.values()) for row in rows]
         else:
             item["data"] = base64.b64encode((record["folder"] / record["file"]).read_bytes()).decode()
         sections.setdefault(record["notebook"], []).append(item)

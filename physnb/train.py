@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ from tqdm import tqdm
 from physnb.config import TrainConfig, from_json, require, to_json
 from physnb.data import VOCABULARY, encode_captions, normal_noise, simulate_mixture, uniform_draws
 from physnb.flow import add_noise, shift_levels, velocity_loss
+from physnb.memory import keep_freed_memory
 from physnb.model import VideoDiT
 from physnb.store import prepare_folder, read_json, read_tensors, write_json, write_tensors
 
@@ -72,18 +71,6 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
     left = (config.steps - step) / max(1.0, config.decay_fraction * config.steps)
     return config.learning_rate * min(warm, left, 1.0)
-
-
-def keep_freed_memory() -> None:
-    """Let glibc reuse freed tensors instead of returning them to the system: a quarter off a CPU training step.
-
-    Without it every activation of a few MB is mapped and page-faulted anew. Elsewhere than on Linux it does nothing.
-    """
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            for option, value in ((-8, 1), (-3, 1 << 25), (-1, 1 << 30)):  # one arena; map only huge; never trim
-                libc.mallopt(option, value)
 
 
 class TrainState:

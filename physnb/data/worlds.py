@@ -175,7 +175,7 @@ def render(state: DiscState, size: int, edge: str = "coverage") -> UInt8[Tensor,
     choose("edge", edge, EDGES)
     require(size >= 8, f"frame size must be at least 8 pixels, got {size}")
     batch, time = state.positions.shape[:2]
-    canvas = np.full((batch * time, size, size, 3), 255, np.uint8)
+    canvas = np.full((batch * time, 3, size, size), 255, np.uint8)  # planes: a disc darkens two of the three
     pixel = WORLD_SIZE / (size if edge == "coverage" else size - 1)
     offset = 0.5 if edge == "coverage" else 0.0
     for disc in range(2):
@@ -196,12 +196,12 @@ def render(state: DiscState, size: int, edge: str = "coverage") -> UInt8[Tensor,
         else:
             r2 = radius[:, None, None].astype(np.float32) ** 2
             ground = (255 * (1 - np.clip((r2 - distance2) / (0.03 * r2), 0, 1))).astype(np.uint8)
-        patches = np.repeat(ground[..., None], 3, axis=-1)
-        patches[..., 0 if disc == 0 else 2] = 255
-        for row, patch, (x, y) in zip(rows, patches, corner, strict=True):
-            region = canvas[row, y : y + side, x : x + side]
-            np.minimum(region, patch, out=region)  # discs never overlap, so the darker one is the one that is there
-    return torch.from_numpy(canvas.reshape(batch, time, size, size, 3))
+        dark = (1, 2) if disc == 0 else (0, 1)
+        for row, patch, (x, y) in zip(rows, ground, corner, strict=True):
+            for plane in dark:
+                region = canvas[row, plane, y : y + side, x : x + side]
+                np.minimum(region, patch, out=region)  # discs never overlap, so the darker one is the one that is there
+    return torch.from_numpy(canvas.reshape(batch, time, 3, size, size)).permute(0, 1, 3, 4, 2)
 
 
 def simulate(

@@ -267,6 +267,5 @@ def hunted_heads(names: str, hunted: list[dict[str, str]] | None, model_folder: 
     """
     if names:
         return head_set(names)
-    if hunted:
-        return head_set([row["head"] for row in hunted])
-    return head_set(read_json(Path(model_folder).parent / "hunt" / "hunt.json")["hunted"])
+    rows = hunted or read_json(Path(model_folder).parent / "hunt" / "hunted.json")
+    return head_set([row["head"] for row in rows])

@@ -14,13 +14,14 @@ from physnb.search import (
     confirmation_cases,
     control_arms,
     hunt_heads,
+    hunted_heads,
     random_head_sets,
     require_disjoint,
     selection_cases,
     strength_surface,
     trial_key,
 )
-from physnb.store import TrialStore
+from physnb.store import TrialStore, write_json
 
 PLANTED = HeadId(1, 2)
 HUNT = HuntConfig(split="id", selection_cases=3, confirmation_cases=4, top_k=2, steps=2, random_draws=2, weight=3.0)
@@ -209,7 +210,7 @@ def test_killed_hunt_resumes_to_the_same_ranking(make_model, tmp_path, start_pyt
 from physnb.checkpoint import load_model, model_hash
 from physnb.config import HuntConfig
 from physnb.search import hunt_heads
-from physnb.store import TrialStore
+from physnb.store import TrialStore, write_json
 store = TrialStore({str(path)!r})
 store.connection.set_trace_callback(lambda sql: print(sql[:6], flush=True))
 hunt = HuntConfig(**{settings!r}, confirmation_cases=4)
@@ -254,3 +255,13 @@ def test_trials_of_other_models_objectives_and_guidance_never_mix():
 def test_more_cases_and_heads_reuse_what_is_stored():
     more = dataclasses.replace(HUNT, selection_cases=10, confirmation_cases=20, top_k=4, random_draws=5)
     assert trial_key("m", HUNT, "tracking_error", Guidance()) == trial_key("m", more, "tracking_error", Guidance())
+
+
+def test_heads_to_study_come_from_names_then_the_run_then_the_committed_hunt(tmp_path):
+    write_json(tmp_path / "hunt" / "hunted.json", [dict(head="L5H5")])
+    folder = tmp_path / "model"
+    assert hunted_heads("L1H0,L0H1", [dict(head="L2H2")], folder) == head_set("L0H1,L1H0")
+    assert hunted_heads("", [dict(head="L2H2")], folder) == head_set("L2H2")
+    assert hunted_heads("", None, folder) == head_set("L5H5")
+    with pytest.raises(ValueError, match=r"hunted\.json does not exist"):
+        hunted_heads("", None, tmp_path / "elsewhere" / "model")

@@ -326,7 +326,7 @@ def test_hunt_ranks_confirms_and_resumes(capsys, tmp_path, model_folder):
 
 def test_plain_output_has_a_line_a_value(capsys, model_folder):
     assert main(["heads", "--model", str(model_folder)]) == 0
-    assert capsys.readouterr().out.startswith("heads: ['L0H0'")
+    assert capsys.readouterr().out.startswith("heads: L0H0, L0H1")
 
 
 # --- notebooks

@@ -258,6 +258,7 @@ def test_more_cases_and_heads_reuse_what_is_stored():
 
 
 def test_heads_to_study_come_from_names_then_the_run_then_the_committed_hunt(tmp_path):
+    (tmp_path / "hunt").mkdir()
     write_json(tmp_path / "hunt" / "hunted.json", [dict(head="L5H5")])
     folder = tmp_path / "model"
     assert hunted_heads("L1H0,L0H1", [dict(head="L2H2")], folder) == head_set("L0H1,L1H0")

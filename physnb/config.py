@@ -236,7 +236,7 @@ PRESETS: dict[str, Preset] = {
         dict(steps=2600, batch=8),
         dict(selection_cases=24, confirmation_cases=64),
     ),
-    # hours on 2 cores: the committed reference model
+    # half an hour on 2 cores: the committed reference model
     "full": _preset(
         dict(frames=16, size=32, patch=(2, 8, 8), width=128, depth=6, heads=8),
         dict(steps=5500, batch=16),

@@ -106,9 +106,9 @@ def command_heads(args: argparse.Namespace) -> dict[str, Any]:
 def command_hunt(args: argparse.Namespace) -> dict[str, Any]:
     from physnb.checkpoint import load_model, model_hash
     from physnb.hooks import check_heads, heads_of
-    from physnb.plots import plot_differences
+    from physnb.plots import plot_differences, save_figure
     from physnb.search import METRIC_UNITS, confirm, confirmation_cases, hunt_heads
-    from physnb.store import TrialStore, prepare_folder, write_json, written_whole
+    from physnb.store import TrialStore, prepare_folder, write_json
 
     hunt = preset(args.preset).hunt
     given = {name: getattr(args, name) for name in ("top_k", "selection_cases", "confirmation_cases", "seed", "split")}
@@ -124,13 +124,13 @@ def command_hunt(args: argparse.Namespace) -> dict[str, Any]:
         )
     hunted = ranking.top(hunt.top_k)
     result = dict(hunt=json.loads(to_json(hunt)), hunted=[str(head) for head in hunted])
-    for name, split in (("table", hunt.split), ("table_id", "id")):
+    tables = {}
+    for split in dict.fromkeys((hunt.split, "id")):  # once, if the hunt was in distribution itself
         cases = confirmation_cases(model, hunt, split)
-        result[name] = [arm.to_row() for arm in confirm(model, hunt, hunted, cases=cases, progress=not args.json)]
-    result["ranking"] = ranking.to_rows()
+        tables[split] = [arm.to_row() for arm in confirm(model, hunt, hunted, cases=cases, progress=not args.json)]
+    result |= dict(table=tables[hunt.split], table_id=tables["id"], ranking=ranking.to_rows())
     for name in ("table", "table_id"):
-        with written_whole(folder / f"{name}.png") as temporary:
-            plot_differences(result[name], METRIC_UNITS).savefig(temporary, format="png")
+        save_figure(folder / f"{name}.png", plot_differences(result[name], METRIC_UNITS))
     write_json(folder / "hunt.json", result)
     return result
 

@@ -9,9 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from physnb.config import HeadSet, require
-from physnb.data import WORLD_SIZE, Clip, encode_captions
+from physnb.data import WORLD_SIZE, Clip
 from physnb.flow import add_noise
-from physnb.generate import check_cases, initial_noise
+from physnb.generate import check_cases, conditions, initial_noise
 from physnb.hooks import capture_attention, check_heads
 from physnb.model import VideoDiT
 
@@ -72,13 +72,11 @@ def attention_maps(
     check_cases(model, clips, frames_given)
     check_heads(model, heads)
     require(0 < sigma <= 1, f"sigma must be in (0, 1], got {sigma}")
-    clean = clips.pixels().to(model.device)
+    clean, given, caption_ids = conditions(model, clips, frames_given, clips.captions)
     level = torch.full((len(clips),), sigma, device=model.device)
     noised = add_noise(clean, initial_noise(model, clips, seed).to(model.device), level)
-    given = (torch.arange(clean.shape[2], device=model.device) < frames_given).float().expand(len(clips), -1)
-    captions = encode_captions(clips.captions, tuple(model.config.vocabulary)).to(model.device)
     with torch.inference_mode(), capture_attention(model, heads) as maps:
-        model(noised, level, clean, given, captions)
+        model(noised, level, clean, given, caption_ids)
     return HeadAttention(tuple(heads), torch.stack([maps[h] for h in heads]).cpu(), model.grid, sigma)
 
 

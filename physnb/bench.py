@@ -17,10 +17,9 @@ from torch import nn
 
 from physnb.config import ModelConfig, preset, require
 from physnb.data import VOCABULARY, WORLD_SIZE, simulate
-from physnb.flow import add_noise, velocity_loss
 from physnb.memory import keep_freed_memory
 from physnb.model import VideoDiT
-from physnb.train import TrainBatch, make_batch
+from physnb.train import batch_loss, make_batch
 
 PUBLISHED_SIZE, PUBLISHED_FRAMES = 256, 32
 
@@ -147,7 +146,7 @@ def bench_training(preset_name: str = "quick", rounds: int = 7, steps: int = 3) 
 
     def step(name: str, number: int) -> None:
         batch = make_batch(config, np.arange(number * config.batch, (number + 1) * config.batch))
-        predict(models[name], batch, config).backward()
+        batch_loss(models[name], batch, config).backward()
         optimizers[name].step()
         optimizers[name].zero_grad()
 
@@ -170,10 +169,3 @@ def bench_training(preset_name: str = "quick", rounds: int = 7, steps: int = 3) 
         matmul_gflops=_spread([rate / 1e9 for rate in matmul]),
         matmul_fraction=_spread([r * flops / m for r, m in zip(ours, matmul, strict=True)]),
     )
-
-
-def predict(model: nn.Module, batch: TrainBatch, config) -> torch.Tensor:
-    """The training loss of either model on one batch."""
-    noised = add_noise(batch.clean, batch.noise, batch.sigma)
-    predicted = model(noised, batch.sigma, batch.clean, batch.given, batch.caption_ids).sample
-    return velocity_loss(predicted, batch.clean, batch.sigma, 1 - batch.given, config.sigma_floor).mean()

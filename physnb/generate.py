@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from physnb.config import Guidance, require
 from physnb.data import Clip, encode_captions, normal_noise
-from physnb.flow import solve
+from physnb.flow import ClipTensor, solve
 from physnb.guidance import guided_velocity
 from physnb.model import VideoDiT
 
@@ -28,6 +30,15 @@ def initial_noise(model: VideoDiT, cases: Clip, seed: int) -> torch.Tensor:
         for scenario, index in zip(cases.scenarios, cases.indices, strict=True)
     ]
     return torch.cat(noise)
+
+
+def conditions(
+    model: VideoDiT, cases: Clip, frames_given: int, captions: Sequence[str]
+) -> tuple[ClipTensor, Float[Tensor, "batch time"], Int[Tensor, "batch word"]]:
+    """What the model is told of each case, on its device: the clean clip, which frames of it are given, the caption."""
+    start = cases.pixels().to(model.device)
+    given = (torch.arange(start.shape[2], device=model.device) < frames_given).float().expand(len(cases), -1)
+    return start, given, encode_captions(captions, tuple(model.config.vocabulary)).to(model.device)
 
 
 def generate(
@@ -58,10 +69,8 @@ def generate(
     parts = []
     for first in range(0, len(cases), batch_size):
         part = cases[first : first + batch_size]
-        start = part.pixels().to(model.device)
-        given = (torch.arange(start.shape[2], device=model.device) < frames_given).float().expand(len(part), -1)
         captions = part.captions if use_captions else ("",) * len(part)
-        caption_ids = encode_captions(captions, tuple(model.config.vocabulary)).to(model.device)
+        start, given, caption_ids = conditions(model, part, frames_given, captions)
         velocity = guided_velocity(model, start, given, caption_ids, rows[first : first + batch_size])
         noise = initial_noise(model, part, seed).to(model.device)
         shift = model.config.noise_shift

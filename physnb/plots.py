@@ -201,6 +201,12 @@ def side_by_side(clips: dict[str, Float[Tensor, "batch time height width 3"]], s
     return np.concatenate(columns, axis=2)
 
 
+def save_figure(path: Path, figure: Figure) -> None:
+    """The figure as a PNG file, whole or not at all."""
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
 def check_video_path(path: Path) -> None:
     """Raise ValueError unless `path` names an mp4 in a folder that exists: worth knowing before generating."""
     require(path.suffix == ".mp4", f"a video is an .mp4 file, got {path}")

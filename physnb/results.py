@@ -9,8 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from physnb.plots import write_video
-from physnb.store import read_json, write_json, written_whole
+from physnb.plots import save_figure, write_video
+from physnb.store import read_json, write_json
 
 RECORDS = "records.json"
 PACKAGES = ("torch", "diffusers", "accelerate", "numpy")
@@ -42,8 +42,7 @@ class Recorder:
 
     def figure(self, name: str, figure: Any, caption: str) -> Any:
         """The figure itself, after saving it as <name>.png."""
-        with written_whole(self.folder / f"{name}.png") as temporary:
-            figure.savefig(temporary, format="png")
+        save_figure(self.folder / f"{name}.png", figure)
         self._record(name, "figure", caption, file=f"{name}.png")
         return figure
 

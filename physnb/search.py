@@ -8,7 +8,7 @@ judged on confirmation cases; the two never overlap.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -129,7 +129,7 @@ def hunt_heads(
     model_hash: str = "",
     objective: str = OBJECTIVE,
     batch_size: int = 64,
-    progress: Callable | bool = True,
+    progress: bool = True,
 ) -> HeadRanking:
     """The effect of every head of `heads` (default: all) on the selection cases.
 
@@ -242,7 +242,7 @@ def strength_surface(
     cases: Clip | None = None,
     progress: bool = True,
 ) -> dict[tuple[float, float], ArmResult]:
-    """The head set's effect on the confirmation cases at every (weight w, strength u), by (w, u)."""  # fmt: skip
+    """The head set's effect on the confirmation cases at every (weight w, strength u), by (w, u)."""
     cases = confirmation_cases(model, hunt) if cases is None else cases
     require_disjoint(selection_cases(model, hunt), cases)
     baseline = measure(model, cases, Guidance(), hunt)

@@ -198,12 +198,17 @@ def train(
     return state.averaged_model()
 
 
+def batch_loss(model: torch.nn.Module, batch: TrainBatch, config: TrainConfig) -> Float[Tensor, ""]:
+    """The mean velocity loss of a model on one batch, over the frames it has to predict."""
+    noised = add_noise(batch.clean, batch.noise, batch.sigma)
+    predicted = model(noised, batch.sigma, batch.clean, batch.given, batch.caption_ids).sample
+    return velocity_loss(predicted, batch.clean, batch.sigma, 1 - batch.given, config.sigma_floor).mean()
+
+
 def train_step(accelerator, model, optimizer, config: TrainConfig, batch: TrainBatch, rate: float):
     """One optimiser step; the loss over all processes and the norm of the gradient before clipping."""
     batch = TrainBatch(**{name: value.to(accelerator.device) for name, value in vars(batch).items()})
-    noised = add_noise(batch.clean, batch.noise, batch.sigma)
-    predicted = model(noised, batch.sigma, batch.clean, batch.given, batch.caption_ids).sample
-    loss = velocity_loss(predicted, batch.clean, batch.sigma, 1 - batch.given, config.sigma_floor).mean()
+    loss = batch_loss(model, batch, config)
     accelerator.backward(loss)
     norm = accelerator.clip_grad_norm_(model.parameters(), config.gradient_clip)
     loss = float(accelerator.reduce(loss.detach(), "mean"))

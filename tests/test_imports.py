@@ -35,7 +35,7 @@ ALLOWED = {  # data and metrics are one module each; `__init__` is what `import 
     "results": "plots store",
     "tables": "",
     "runs": "config results store tables",
-    "bench": "config data flow memory model train",
+    "bench": "config data memory model train",
     "__main__": "bench checkpoint config data evaluate generate hooks plots runs search store tables train",
 }
 ONLY_IN = {"matplotlib": {"plots", "widgets"}, "ipywidgets": {"widgets"}, "papermill": {"runs"}}

@@ -22,11 +22,13 @@ from physnb.data import VOCABULARY, encode_captions, normal_noise, simulate_mixt
 from physnb.flow import add_noise, shift_levels, velocity_loss
 from physnb.memory import keep_freed_memory
 from physnb.model import VideoDiT
+from physnb.optimizer import Muon
 from physnb.store import prepare_folder, read_json, read_tensors, write_json, write_tensors
 
 STATE_FILE = "state.safetensors"
 CONFIG_FILE = "train.json"
 EXPLODED = 50.0  # a loss this many times its running mean stops the run
+MOMENTS = ("momentum", "exp_avg", "exp_avg_sq", "step")  # what Muon and AdamW remember of a parameter's gradients
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
@@ -66,11 +68,11 @@ def make_batch(config: TrainConfig, indices: np.ndarray) -> TrainBatch:
     return TrainBatch(clean, noise, sigma, given, encode_captions(captions))
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up, constant, then linear decay to 0 over the last `decay_fraction` of the run."""
+def schedule(config: TrainConfig, step: int) -> float:
+    """The share of the peak learning rates: linear warm-up, constant, linear to 0 over the last `decay_fraction`."""
     warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
     left = (config.steps - step) / max(1.0, config.decay_fraction * config.steps)
-    return config.learning_rate * min(warm, left, 1.0)
+    return min(warm, left, 1.0)
 
 
 class TrainState:
@@ -81,10 +83,25 @@ class TrainState:
         torch.manual_seed(config.seed)  # initial weights
         self.model = VideoDiT(**asdict(config.model), vocabulary=VOCABULARY, noise_shift=config.noise_shift)
         self.average = {name: value.detach().clone() for name, value in self.model.named_parameters()}
-        decayed = [p for p in self.model.parameters() if p.ndim > 1]
-        plain = [p for p in self.model.parameters() if p.ndim <= 1]
-        groups = [dict(params=decayed, weight_decay=config.weight_decay), dict(params=plain, weight_decay=0.0)]
-        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.99), fused=True)
+        layers = [part for block in self.model.blocks for part in (block.attn, block.mlp)]
+        matrices = [p for layer in layers for p in layer.parameters() if p.ndim == 2]
+        others = set(self.model.parameters()).difference(matrices)
+        others = [p for p in self.model.parameters() if p in others]  # in the model's order
+        groups = [
+            dict(params=[p for p in others if p.ndim > 1], weight_decay=config.weight_decay),
+            dict(params=[p for p in others if p.ndim <= 1], weight_decay=0.0),
+        ]
+        self.optimizers = (
+            Muon(matrices, lr=config.matrix_learning_rate, weight_decay=config.weight_decay),
+            torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.99), fused=True),
+        )
+        self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
+
+    def set_rates(self, share: float) -> None:
+        """Every learning rate at a share of its peak."""
+        for optimizer, peaks in zip(self.optimizers, self.peaks, strict=True):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = share * peak
 
     def update_average(self) -> None:
         """Exponential moving average of the weights, with a shorter memory at the start."""
@@ -100,13 +117,17 @@ class TrainState:
         model.load_state_dict(self.average)
         return model.to(self.model.device).eval()
 
+    def moments(self, parameter: torch.nn.Parameter) -> dict[str, Tensor]:
+        """What the optimiser of `parameter` remembers of its gradients."""
+        return next(o for o in self.optimizers if parameter in o.state).state[parameter]
+
     def save(self, path: Path) -> None:
         tensors = {}
         for name, parameter in self.model.named_parameters():
             tensors[f"model.{name}"] = parameter.detach().cpu()
             tensors[f"average.{name}"] = self.average[name].cpu()
-            for moment in ("exp_avg", "exp_avg_sq"):
-                tensors[f"{moment}.{name}"] = self.optimizer.state[parameter][moment].cpu()
+            for moment, value in self.moments(parameter).items():
+                tensors[f"{moment}.{name}"] = value.cpu()
         progress = dict(step=str(self.step), mean_loss=repr(self.mean_loss), config=to_json(self.config))
         write_tensors(path, tensors, progress)
 
@@ -115,15 +136,17 @@ class TrainState:
         tensors, progress = read_tensors(path)
         require(progress.get("config") == to_json(self.config), f"{path} was saved with another configuration")
         self.step, self.mean_loss = int(progress["step"]), float(progress["mean_loss"])
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
         with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
+            for parameter, name in names.items():
                 parameter.copy_(tensors[f"model.{name}"])
                 self.average[name].copy_(tensors[f"average.{name}"])
-                self.optimizer.state[parameter] = dict(
-                    step=torch.tensor(float(self.step), device=parameter.device),
-                    exp_avg=tensors[f"exp_avg.{name}"].to(parameter.device),
-                    exp_avg_sq=tensors[f"exp_avg_sq.{name}"].to(parameter.device),
-                )
+            for optimizer in self.optimizers:
+                for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                    moments = (name for name in MOMENTS if f"{name}.{names[parameter]}" in tensors)
+                    optimizer.state[parameter] = {
+                        name: tensors[f"{name}.{names[parameter]}"].to(parameter.device) for name in moments
+                    }
 
 
 def train(
@@ -166,7 +189,8 @@ def train(
     state.average = {name: value.to(accelerator.device) for name, value in state.average.items()}
     if resume and (folder / STATE_FILE).exists():
         state.load(folder / STATE_FILE)
-    model, optimizer = accelerator.prepare(state.model, state.optimizer)
+    model = accelerator.prepare(state.model)
+    optimizers = [accelerator.prepare(optimizer) for optimizer in state.optimizers]
     model.train()
     main = accelerator.is_main_process
     log = SummaryWriter(folder / "log", purge_step=state.step + 1) if main else None
@@ -176,7 +200,8 @@ def train(
     while state.step < last:
         first = state.step * config.batch + accelerator.process_index * rows
         batch = make_batch(config, np.arange(first, first + rows))
-        loss, norm = train_step(accelerator, model, optimizer, config, batch, learning_rate(config, state.step))
+        state.set_rates(schedule(config, state.step))
+        loss, norm = train_step(accelerator, model, optimizers, config, batch)
         check_loss(loss, norm, state, folder)
         state.step += 1
         state.mean_loss = loss if math.isnan(state.mean_loss) else 0.98 * state.mean_loss + 0.02 * loss
@@ -185,7 +210,7 @@ def train(
         bar.set_postfix(loss=f"{state.mean_loss:.4f}", refresh=False)
         if main:
             log.add_scalar("loss", loss, state.step)
-            log.add_scalar("learning_rate", optimizer.param_groups[0]["lr"], state.step)
+            log.add_scalar("learning_rate", config.learning_rate * schedule(config, state.step - 1), state.step)
         if main and (state.step % save_every == 0 or state.step == last):
             state.save(folder / STATE_FILE)
         if main and on_sample is not None and sample_every and state.step % sample_every == 0:
@@ -205,18 +230,17 @@ def batch_loss(model: torch.nn.Module, batch: TrainBatch, config: TrainConfig) -
     return velocity_loss(predicted, batch.clean, batch.sigma, 1 - batch.given, config.sigma_floor).mean()
 
 
-def train_step(accelerator, model, optimizer, config: TrainConfig, batch: TrainBatch, rate: float):
-    """One optimiser step; the loss over all processes and the norm of the gradient before clipping."""
+def train_step(accelerator, model, optimizers, config: TrainConfig, batch: TrainBatch):
+    """One step of all optimisers; the loss over all processes and the norm of the gradient before clipping."""
     batch = TrainBatch(**{name: value.to(accelerator.device) for name, value in vars(batch).items()})
     loss = batch_loss(model, batch, config)
     accelerator.backward(loss)
     norm = accelerator.clip_grad_norm_(model.parameters(), config.gradient_clip)
     loss = float(accelerator.reduce(loss.detach(), "mean"))
     if math.isfinite(loss) and math.isfinite(norm):
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-    optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+    model.zero_grad()
     return loss, float(norm)
 
 

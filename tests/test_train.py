@@ -10,7 +10,7 @@ from physnb.config import ModelConfig, preset
 from physnb.data import encode_captions
 from physnb.flow import add_noise, velocity_loss
 from physnb.store import read_tensors, write_tensors
-from physnb.train import STATE_FILE, TrainState, learning_rate, make_batch, read_history, train
+from physnb.train import STATE_FILE, TrainState, make_batch, read_history, schedule, train
 
 SMOKE = preset("smoke").train
 
@@ -78,8 +78,8 @@ def test_a_start_frame_count_beyond_the_clip_is_impossible():
 
 
 def test_learning_rate_warms_up_holds_and_falls():
-    config = settings(steps=100, warmup_steps=10, decay_fraction=0.4, learning_rate=1.0)
-    rates = [learning_rate(config, step) for step in range(100)]
+    config = settings(steps=100, warmup_steps=10, decay_fraction=0.4)
+    rates = [schedule(config, step) for step in range(100)]
     assert rates[:10] == pytest.approx([0.1 * (step + 1) for step in range(10)])
     assert rates[10:60] == pytest.approx([1.0] * 50)
     assert rates[60:] == pytest.approx([(100 - step) / 40 for step in range(60, 100)])

@@ -98,14 +98,14 @@ def command_generate(args: argparse.Namespace) -> dict[str, Any]:
 
 def command_heads(args: argparse.Namespace) -> dict[str, Any]:
     from physnb.checkpoint import load_model
-    from physnb.hooks import heads_of
+    from physnb.families import heads_of
 
     return dict(heads=[str(head) for head in heads_of(load_model(args.model))])
 
 
 def command_hunt(args: argparse.Namespace) -> dict[str, Any]:
     from physnb.checkpoint import load_model, model_hash
-    from physnb.hooks import check_heads, heads_of
+    from physnb.families import check_heads, heads_of
     from physnb.plots import plot_differences, save_figure
     from physnb.search import METRIC_UNITS, confirm, confirmation_cases, hunt_heads
     from physnb.store import TrialStore, prepare_folder, write_json

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from physnb.config import HeadSet, require
 from physnb.data import WORLD_SIZE, Clip
+from physnb.families import check_heads
 from physnb.flow import add_noise
 from physnb.generate import check_cases, conditions, initial_noise
-from physnb.hooks import capture_attention, check_heads
+from physnb.hooks import capture_attention
 from physnb.model import VideoDiT
 
 

@@ -17,7 +17,9 @@ from typing import Any, NamedTuple
 
 SCENARIOS = ("uniform", "parabola", "collision")
 SPLITS = ("train", "id", "ood")  # "id" has the ranges of "train" and other clips
-PERTURBATION_KINDS = ("identity",)
+PERTURBATION_KINDS = ("identity", "uniform", "mean_query", "blur", "temperature", "zero")
+AXES = ("all", "space", "time")
+SCOPES = ("all", "video_rows", "video_block")
 SOLVERS = ("euler", "heun", "unipc", "dpmsolver++")
 
 
@@ -68,20 +70,45 @@ def choose(name: str, value: str, allowed: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Perturbation:
-    """What is done to the heads of the weak pass.
+    """What is done to the heads of the weak pass; `physnb.attention` has the definition of each kind.
 
     heads: which heads; strength u in [0, 1]: 0 leaves attention untouched, 1 replaces it by `kind`.
     kind "identity" is PAG (every token attends to itself alone); u < 1 is SoftPAG.
+    axis: "space" and "time" break attention along that axis only. scope: which rows of a sequence that the video shares
+    with text are broken. sigma: of "blur", in tokens along time, height and width; inf is the mean.
+    temperature: of "temperature", which divides the logits.
     """
 
     heads: HeadSet
     strength: float = 1.0
     kind: str = "identity"
+    axis: str = "all"
+    scope: str = "all"
+    sigma: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    temperature: float = 4.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "heads", head_set(self.heads))
+        object.__setattr__(self, "sigma", tuple(float(s) for s in self.sigma))
         choose("perturbation kind", self.kind, PERTURBATION_KINDS)
+        choose("perturbation axis", self.axis, AXES)
+        choose("perturbation scope", self.scope, SCOPES)
         require(0 <= self.strength <= 1, f"perturbation strength u must be in [0, 1], got {self.strength}")
+        require(len(self.sigma) == 3 and min(self.sigma) >= 0, f"sigma must be three widths >= 0, got {self.sigma}")
+        require(self.temperature > 0, f"temperature must be positive, got {self.temperature}")
+        require(
+            self.axis == "all" or self.kind not in ("temperature", "zero"),
+            f"kind {self.kind!r} has no axis; use axis 'all'",
+        )
+        require(
+            self.scope != "video_block" or self.kind == "identity",
+            f"scope 'video_block' is defined for kind 'identity' only, not {self.kind!r}",
+        )
+
+    @property
+    def form(self) -> Perturbation:
+        """The same perturbation without its heads and strength: what can share one pass."""
+        return dataclasses.replace(self, heads=(), strength=1.0)
 
 
 @dataclass(frozen=True)
@@ -247,7 +274,9 @@ PRESETS: dict[str, Preset] = {
     # phyworld's scale (32 frames, DiT-S); needs GPUs and was never run here
     "paper": _preset(
         dict(frames=32, size=128, patch=(2, 8, 8), width=384, depth=12, heads=6),
-        dict(steps=100_000, batch=256, learning_rate=1e-4, matrix_learning_rate=1e-3, warmup_steps=2000, ema_decay=0.9999),
+        dict(
+            steps=100_000, batch=256, learning_rate=1e-4, matrix_learning_rate=1e-3, warmup_steps=2000, ema_decay=0.9999
+        ),
         dict(selection_cases=256, confirmation_cases=1024, steps=20),
     ),
 }

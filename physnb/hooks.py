@@ -1,52 +1,60 @@
-"""Attention heads of a model: listing them, breaking some of them for a while, and looking at their maps.
+"""Breaking attention heads of any video transformer in `physnb.families` for a while, and looking at their maps.
 
-Attention is linear in its map, so breaking a head needs no map: with O the output of a head and V its values,
-the map (1 - u) A + u I gives exactly lerp(O, V, u) (PAG, Ahn et al. 2024; SoftPAG, HeadHunter 2025, eq. 7).
+Every attention module of diffusers (and ours) hands its work to a `processor`. Inside `perturb` the touched modules get
+a copy of theirs in whose code the name of the attention function means another one, which calls the real function and
+replaces the outputs of broken heads. Nothing is patched for others to see, torch.compile traces straight through, and
+putting the processor back restores the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import copy
+import types
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from physnb.attention import AttentionCall, HeadTensor, broken_output
 from physnb.config import HeadId, HeadSet, Perturbation, require
+from physnb.families import (
+    AttentionLayer,
+    Inputs,
+    attention_layers,
+    check_heads,
+    family_of,
+    forward_inputs,
+    token_layout,
+)
 
 Strength = Float[Tensor, "batch layer head"]
+Replace = Callable[[AttentionCall, HeadTensor], HeadTensor]  # (a call, its output) -> the output that the model sees
+ATTENTION_NAMES = ("dispatch_attention_fn", "scaled_dot_product_attention")  # what processors call
+IDENTITY = Perturbation(())
 
 
-def attention_layers(model: nn.Module) -> list[nn.Module]:
-    """The self-attention modules of a model in order; raises ValueError if it has none that can be perturbed."""
-    layers = [module for module in model.modules() if hasattr(module, "perturb_output")]
-    require(len(layers) > 0, f"{type(model).__name__} has no attention that can be perturbed; use a VideoDiT")
-    return layers
+@dataclass
+class Site:
+    """One attention module whose calls are replaced: what is known of the forward it runs in."""
 
-
-def heads_of(model: nn.Module) -> HeadSet:
-    """Every head of a model, layer by layer."""
-    layers = attention_layers(model)
-    return tuple(HeadId(layer, head) for layer, module in enumerate(layers) for head in range(module.heads))
-
-
-def check_heads(model: nn.Module, heads: HeadSet) -> HeadSet:
-    """`heads`, if the model has all of them; otherwise a ValueError naming the first that it lacks."""
-    layers = attention_layers(model)
-    for layer, head in heads:
-        require(
-            0 <= layer < len(layers) and 0 <= head < layers[layer].heads,
-            f"head {HeadId(layer, head)} does not exist: the model has layers 0 to {len(layers) - 1} "
-            f"with heads 0 to {layers[0].heads - 1}",
-        )
-    return heads
+    model: nn.Module
+    layer: AttentionLayer
+    needs_layout: bool = False
+    inputs: Inputs | None = None  # of the model's present forward
+    calls: int = 0  # of attention in the module's present forward
+    seen: bool = False  # whether any video attention was seen since this was last cleared
 
 
 def strength_table(model: nn.Module, rows: Sequence[Perturbation | None]) -> Strength:
     """Strength u of every head in every batch row; a row that is None stays unperturbed."""
     layers = attention_layers(model)
-    table = torch.zeros(len(rows), len(layers), layers[0].heads)
+    table = torch.zeros(len(rows), len(layers), max(layer.heads for layer in layers))
     for row, perturbation in zip(table, rows, strict=True):
         if perturbation is not None:
             for layer, head in check_heads(model, perturbation.heads):
@@ -55,70 +63,238 @@ def strength_table(model: nn.Module, rows: Sequence[Perturbation | None]) -> Str
 
 
 @contextmanager
-def _outputs_replaced(layers: list[nn.Module], replacements: list) -> Iterator[None]:
-    """Install one `perturb_output` a layer and put back what was there, whatever happens inside."""
-    before = [layer.perturb_output for layer in layers]
-    try:
-        for layer, replacement in zip(layers, replacements, strict=True):
-            layer.perturb_output = replacement
+def perturb(model: nn.Module, strength: Strength, form: Perturbation = IDENTITY) -> Iterator[None]:
+    """Inside the block, row b of every batch sees lerp(O, O', strength[b, layer, head]) for each head's output O.
+
+    strength: in [0, 1]; 0 changes no bit, 1 is the attention of `form`, whose own heads and strength are not read.
+    A single row serves any batch. Blocks nest: an inner one acts on the outer one's output. Layers whose strength is 0
+    throughout are not touched. What the model had before is back after the block, whatever happens inside.
+    Raises ValueError for a table of the wrong shape or range and for a model that cannot be perturbed, RuntimeError if
+    the model runs without calling the attention that was to be broken.
+    """
+    layers = attention_layers(model)
+    heads = max(layer.heads for layer in layers)
+    require(
+        strength.ndim == 3 and strength.shape[1:] == (len(layers), heads),
+        f"strength must be [batch, {len(layers)}, {heads}] for this model, got {list(strength.shape)}",
+    )
+    require(bool((strength >= 0).all() and (strength <= 1).all()), "perturbation strength u must be in [0, 1]")
+    touched = [number for number in range(len(layers)) if bool(strength[:, number].any())]
+    functions = {number: breaker(strength[:, number], form) for number in touched}
+    with replaced_attention(model, functions, needs_layout=needs_layout(form)):
         yield
-    finally:
-        for layer, function in zip(layers, before, strict=True):
-            layer.perturb_output = function
-
-
-def _after(first, second):
-    return second if first is None else lambda output, q, k, v: second(first(output, q, k, v), q, k, v)
 
 
 @contextmanager
-def perturb(model: nn.Module, strength: Strength) -> Iterator[None]:
-    """Inside the block, row b of every batch sees lerp(O, V, strength[b, layer, head]) for each head's output O.
+def perturb_rows(model: nn.Module, rows: Sequence[Perturbation | None] | Perturbation) -> Iterator[None]:
+    """Inside the block, row b of every batch has the heads of rows[b] broken; one perturbation serves every row.
 
-    strength: in [0, 1]; 0 changes no bit, 1 replaces attention by the identity (PAG). A single row serves any batch.
-    Blocks nest: an inner one acts on the outer one's output. Layers whose strength is 0 throughout are not touched.
-    Raises ValueError for a table of the wrong shape or range.
+    Rows may differ in heads, strength and form. Raises what `perturb` does.
     """
-    layers = attention_layers(model)
-    require(
-        strength.ndim == 3 and strength.shape[1:] == (len(layers), layers[0].heads),
-        f"strength must be [batch, {len(layers)}, {layers[0].heads}] for this model, got {list(strength.shape)}",
-    )
-    require(bool((strength >= 0).all() and (strength <= 1).all()), "perturbation strength u must be in [0, 1]")
+    rows = [rows] if isinstance(rows, Perturbation) else list(rows)
+    forms = dict.fromkeys(row.form for row in rows if row is not None)
+    with ExitStack() as stack:
+        for form in forms:
+            mine = [row if row is not None and row.form == form else None for row in rows]
+            stack.enter_context(perturb(model, strength_table(model, mine), form))
+        yield
 
-    def towards_identity(u: Float[Tensor, "batch head"]):
-        def replace(output: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return torch.lerp(output, v, u[:, :, None, None].to(v))
+
+def needs_layout(form: Perturbation) -> bool:
+    """Whether a form has to know where the video tokens are."""
+    return form.kind == "blur" or form.axis != "all" or form.scope != "all"
+
+
+def row_strength(strength: Float[Tensor, "batch head"], call: AttentionCall) -> Float[Tensor, "row head 1 1"]:
+    """The strength of each row and head of a call: of its clip, where a clip is several rows or several calls."""
+    u, rows = strength[:, : call.query.shape[1]], len(call.query)
+    if call.clip is not None and len(u) > 1:
+        u = u[call.clip : call.clip + 1]
+    elif len(u) not in (1, rows):
+        require(rows % len(u) == 0, f"strength has {len(u)} rows, the batch {rows}; give one row, or one a clip")
+        u = u.repeat_interleave(rows // len(u), 0)
+    return u.to(call.query)[:, :, None, None]
+
+
+def breaker(strength: Float[Tensor, "batch head"], form: Perturbation) -> Replace:
+    """The replacement that breaks the heads of one layer; it computes nothing for heads and rows of strength 0."""
+    heads = strength.any(0).nonzero().flatten()
+
+    def replace(call: AttentionCall, output: HeadTensor) -> HeadTensor:
+        u = row_strength(strength, call)
+        if form.kind == "identity" and not needs_layout(form):  # costs less than choosing
+            return torch.lerp(output, call.own_value, u)
+        rows = u.expand(len(output), -1, -1, -1).flatten(1).any(1).nonzero().flatten()
+        part = call.select(rows, heads)
+        normal = output[rows][:, heads]
+        weights = u.expand(len(output), -1, -1, -1)[rows][:, heads]
+        result = output.clone()
+        result[rows[:, None], heads] = torch.lerp(normal, broken_output(part, form, normal), weights)
+        return result
+
+    return replace
+
+
+class HeadSwitch:
+    """Broken heads for a compiled model: strengths change in place, and nothing compiles again.
+
+    `with HeadSwitch(model, form) as switch: fast = torch.compile(model); switch.strength.copy_(table)`
+    The table has one row a clip of the batch and starts at 0. Every layer pays for its broken output at every call.
+    """
+
+    def __init__(self, model: nn.Module, form: Perturbation = IDENTITY, batch: int = 1):
+        layers = attention_layers(model)
+        device = next(model.parameters()).device
+        self.strength = torch.zeros(batch, len(layers), max(layer.heads for layer in layers), device=device)
+        self.context = replaced_attention(
+            model,
+            {number: self._breaker(number, form) for number in range(len(layers))},
+            needs_layout=needs_layout(form),
+            check_calls=False,
+        )
+
+    def _breaker(self, number: int, form: Perturbation) -> Replace:
+        strength = self.strength[:, number]  # a view: it follows the table
+
+        def replace(call: AttentionCall, output: HeadTensor) -> HeadTensor:
+            return torch.lerp(output, broken_output(call, form, output), row_strength(strength, call))
 
         return replace
 
-    touched = [layer for layer, u in enumerate(strength.unbind(1)) if bool(u.any())]
-    modules = [layers[layer] for layer in touched]
-    functions = [_after(layers[layer].perturb_output, towards_identity(strength[:, layer])) for layer in touched]
-    with _outputs_replaced(modules, functions):
-        yield
+    def __enter__(self) -> HeadSwitch:
+        self.context.__enter__()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.context.__exit__(*error)
 
 
 @contextmanager
-def capture_attention(model: nn.Module, heads: HeadSet) -> Iterator[dict[HeadId, Float[Tensor, "batch token token"]]]:
+def capture_attention(model: nn.Module, heads: HeadSet) -> Iterator[dict[HeadId, Float[Tensor, "batch query key"]]]:
     """A dict that fills with the attention map [batch, query, key] of each head at the next forward inside the block.
 
     Builds the maps explicitly, so for looking at single heads only. A later forward overwrites an earlier one.
     """
-    layers, maps = attention_layers(model), {}
+    maps: dict[HeadId, Tensor] = {}
     wanted: dict[int, list[int]] = {}
     for layer, head in check_heads(model, heads):
         wanted.setdefault(layer, []).append(head)
 
-    def record(layer: int):
-        def look(output: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def record(layer: int) -> Replace:
+        def look(call: AttentionCall, output: HeadTensor) -> HeadTensor:
             for head in wanted[layer]:
-                logits = q[:, head] @ k[:, head].transpose(1, 2) * q.shape[-1] ** -0.5
-                maps[HeadId(layer, head)] = logits.softmax(-1).detach()
+                maps[HeadId(layer, head)] = call.attention_map(head).detach()
             return output
 
         return look
 
-    functions = [_after(layers[layer].perturb_output, record(layer)) for layer in wanted]
-    with _outputs_replaced([layers[layer] for layer in wanted], functions):
+    with replaced_attention(model, {layer: record(layer) for layer in wanted}):
         yield maps
+
+
+@contextmanager
+def replaced_attention(
+    model: nn.Module, functions: dict[int, Replace], *, needs_layout: bool = False, check_calls: bool = True
+) -> Iterator[None]:
+    """Inside the block, the attention of each layer in `functions` goes through its replacement."""
+    model = getattr(model, "_orig_mod", model)
+    layers = attention_layers(model)
+    check_model(model)
+    sites = {number: Site(model, layers[number], needs_layout) for number in functions}
+
+    def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        inputs = forward_inputs(module, args, kwargs) if needs_layout else None
+        for site in sites.values():
+            site.inputs, site.seen = inputs, False
+
+    def after(module: nn.Module, args: tuple, output: Any) -> None:
+        blind = [site.layer.path for site in sites.values() if not site.seen]
+        if blind:
+            raise RuntimeError(f"{blind[0]} ran without calling the attention that was to be replaced")
+
+    with ExitStack() as stack:
+        if needs_layout or check_calls:
+            stack.callback(model.register_forward_pre_hook(before, with_kwargs=True).remove)
+        if check_calls:
+            stack.callback(model.register_forward_hook(after).remove)
+        for number, site in sites.items():
+            module, processor = site.layer.module, site.layer.module.processor
+            stack.callback(setattr, module, "processor", processor)
+            module.processor = rebound(processor, site, functions[number])
+        yield
+
+
+def rebound(processor: Any, site: Site, function: Replace) -> Any:
+    """A copy of a processor in whose code the attention functions go through `function`."""
+    kind = type(processor)
+    original = kind.__call__ if not isinstance(processor, nn.Module) else kind.forward
+    require(
+        isinstance(original, types.FunctionType)
+        and any(name in original.__code__.co_names for name in ATTENTION_NAMES),
+        f"{site.layer.path} has a {kind.__name__}, which calls no scaled dot product attention that can be replaced",
+    )
+    family, names = family_of(site.model), dict(original.__globals__)
+    dispatch = names.get("dispatch_attention_fn")
+    functional = names.get("F", F)
+
+    def replaced(query: Tensor, key: Tensor, value: Tensor, output: Tensor, mask, causal: bool, scale) -> Tensor:
+        if family.latent == "cosmos3" and causal:
+            return output  # the text's own attention
+        layout = token_layout(site.model, site.layer, site.inputs, query.shape[2]) if site.needs_layout else None
+        clip = site.calls if family.rows == "calls" else None
+        site.calls, site.seen = site.calls + 1, True
+        return function(AttentionCall(query, key, value, mask, causal, scale, layout, clip), output)
+
+    def dispatched(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, *args, **kwargs):
+        output = dispatch(query, key, value, attn_mask, dropout_p, is_causal, scale, *args, **kwargs)
+        swapped = (x.transpose(1, 2) for x in (query, key, value, output))  # [batch, token, head, channel] there
+        return replaced(*swapped, attn_mask, is_causal, scale).transpose(1, 2)
+
+    def attended(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **kwargs):
+        output = functional.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **kwargs
+        )
+        return replaced(query, key, value, output, attn_mask, is_causal, scale)
+
+    shim = types.ModuleType(functional.__name__)
+    shim.__dict__.update(functional.__dict__, scaled_dot_product_attention=attended)
+    names.update(F=shim, dispatch_attention_fn=dispatched)
+    method = types.FunctionType(
+        original.__code__, names, original.__name__, original.__defaults__, original.__closure__
+    )
+    method.__kwdefaults__ = original.__kwdefaults__
+
+    def counted(self, *args, **kwargs):
+        site.calls = 0
+        return method(self, *args, **kwargs)
+
+    call = counted if family.rows == "calls" else method
+    result = copy.copy(processor)
+    result.__class__ = type(kind.__name__, (kind,), {original.__name__: call, "__module__": kind.__module__})
+    return result
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise ValueError, with the reason and the fix, for a model set up so that heads could not be broken exactly."""
+    name = type(model).__name__
+    native = {member for member in AttentionBackendName if "native" in member.value} - {
+        AttentionBackendName._NATIVE_NPU,
+        AttentionBackendName._NATIVE_XLA,
+    }
+    active, _ = _AttentionBackendRegistry.get_active_backend()
+    for layer in attention_layers(model):
+        processor = layer.module.processor
+        backend = getattr(processor, "_attention_backend", None) or active
+        require(
+            AttentionBackendName(backend) in native,
+            f"{layer.path} uses the attention backend {AttentionBackendName(backend).value!r}; "
+            "call model.set_attention_backend('native') first",
+        )
+        require(
+            getattr(processor, "_parallel_config", None) is None,
+            f"{layer.path} runs in context parallel, which splits heads or tokens; load {name} without it",
+        )
+    require(
+        not getattr(model, "is_cache_enabled", False),
+        f"{name} has a cache that reuses outputs between passes; call model.disable_cache() first",
+    )

@@ -56,12 +56,24 @@ def rotate(x: Float[Tensor, "batch token channels"], table: Float[Tensor, "token
     return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 
 
-class SelfAttention(nn.Module):
-    """Multi-head attention over all tokens of a clip.
+class SelfAttentionProcessor:
+    """The work of a SelfAttention, in the form of diffusers: an object that `physnb.hooks` can replace."""
 
-    `perturb_output`, set by `physnb.hooks.perturb` alone, maps (output, query, key, value), each
-    [batch, head, token, channel], to the output that the rest of the network sees.
-    """
+    def __call__(
+        self,
+        attn: SelfAttention,
+        x: Float[Tensor, "batch token width"],
+        rotary: Float[Tensor, "token pair 2"],
+    ) -> Float[Tensor, "batch token width"]:
+        query_key = rotate(attn.query_key(x), rotary).unflatten(-1, (2, attn.heads, -1))
+        q, k = query_key.transpose(1, 3).unbind(2)  # [batch, head, token, channel] each
+        v = attn.value(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+        output = F.scaled_dot_product_attention(q, k, v)
+        return attn.out(output.transpose(1, 2).flatten(2))
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention over all tokens of a clip."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -69,16 +81,10 @@ class SelfAttention(nn.Module):
         self.query_key = nn.Linear(width, 2 * width)
         self.value = nn.Linear(width, width)
         self.out = nn.Linear(width, width)
-        self.perturb_output = None
+        self.processor = SelfAttentionProcessor()
 
     def forward(self, x: Float[Tensor, "batch token width"], rotary: Float[Tensor, "token pair 2"]) -> Tensor:
-        query_key = rotate(self.query_key(x), rotary).unflatten(-1, (2, self.heads, -1))
-        q, k = query_key.transpose(1, 3).unbind(2)  # [batch, head, token, channel] each
-        v = self.value(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        output = F.scaled_dot_product_attention(q, k, v)
-        if self.perturb_output is not None:
-            output = self.perturb_output(output, q, k, v)
-        return self.out(output.transpose(1, 2).flatten(2))
+        return self.processor(self, x, rotary)
 
 
 class Block(nn.Module):

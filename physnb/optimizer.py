@@ -37,7 +37,9 @@ class Muon(torch.optim.Optimizer):
     Takes two-dimensional parameters only; a step leaves out those without a gradient.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
+    ):
         super().__init__(parameters, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
         for parameter in (p for group in self.param_groups for p in group["params"]):
             if parameter.ndim != 2:

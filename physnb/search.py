@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from physnb.config import Guidance, HeadId, HeadSet, HuntConfig, head_set, require
 from physnb.data import Clip, simulate
+from physnb.families import check_heads, heads_of
 from physnb.generate import generate
-from physnb.hooks import check_heads, heads_of
 from physnb.metrics import metric_trajectory
 from physnb.model import VideoDiT
 from physnb.statistics import Estimate, bootstrap_mean, paired_difference

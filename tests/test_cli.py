@@ -11,7 +11,7 @@ import pytest
 
 from physnb.__main__ import main
 from physnb.checkpoint import CONFIG, WEIGHTS, save_model
-from physnb.hooks import heads_of
+from physnb.families import heads_of
 from physnb.store import read_json, write_json
 
 COMMANDS = ("run", "train", "generate", "eval", "heads", "hunt", "bench", "report")

@@ -3,8 +3,13 @@ import torch
 from torch import nn
 
 from physnb.config import HeadId, Perturbation, head_set
-from physnb.hooks import attention_layers, capture_attention, check_heads, heads_of, perturb, strength_table
+from physnb.families import attention_layers, check_heads, heads_of
+from physnb.hooks import capture_attention, perturb, strength_table
 from physnb.model import rotate
+
+
+def attention_modules(model):
+    return [layer.module for layer in attention_layers(model)]
 
 
 def predict(model, inputs):
@@ -14,7 +19,7 @@ def predict(model, inputs):
 
 def table(model, batch, **strengths):
     """A strength table with the named heads set in every row: table(model, 6, L0H1=0.5)."""
-    u = torch.zeros(batch, len(attention_layers(model)), attention_layers(model)[0].heads)
+    u = torch.zeros(batch, len(attention_modules(model)), attention_modules(model)[0].heads)
     for name, value in strengths.items():
         u[:, HeadId.parse(name).layer, HeadId.parse(name).head] = torch.as_tensor(value)
     return u
@@ -24,7 +29,7 @@ class head_outputs:
     """Collects what each attention layer passes to its output projection, [batch, head, token, channel] a layer."""
 
     def __init__(self, model):
-        self.layers, self.seen = attention_layers(model), []
+        self.layers, self.seen = attention_modules(model), []
 
     def __enter__(self):
         self.handles = [
@@ -67,7 +72,7 @@ def test_every_head_of_the_model_is_listed(model):
 
 
 def test_a_model_without_attention_is_refused():
-    with pytest.raises(ValueError, match="Linear has no attention that can be perturbed"):
+    with pytest.raises(ValueError, match="Linear is not a known video transformer"):
         heads_of(nn.Linear(2, 2))
 
 
@@ -105,7 +110,7 @@ def test_strength_zero_changes_no_bit(model, inputs):
 def test_strength_one_passes_the_values_through(model, inputs):
     with perturb(model, table(model, 6, L0H2=1.0)), head_outputs(model) as seen:
         values = []
-        handle = attention_layers(model)[0].value.register_forward_hook(lambda module, args, out: values.append(out))
+        handle = attention_modules(model)[0].value.register_forward_hook(lambda module, args, out: values.append(out))
         predict(model, inputs)
         handle.remove()
     channels = values[0].shape[-1] // 4
@@ -119,7 +124,7 @@ def test_any_head_set_equals_explicit_maps(model, inputs, monkeypatch, strength)
     u = chosen * strength + chosen * (1 - strength) * torch.rand(6, 2, 4, generator=generator) * (strength == 0.3)
     with perturb(model, u):
         fast = predict(model, inputs)
-    for number, layer in enumerate(attention_layers(model)):
+    for number, layer in enumerate(attention_modules(model)):
         monkeypatch.setattr(layer, "forward", slow_attention(layer, u[:, number]))
     torch.testing.assert_close(fast, predict(model, inputs), atol=1e-5, rtol=1e-5)
 
@@ -168,13 +173,13 @@ def test_leaving_an_inner_block_restores_the_outer_one(model, inputs):
 
 
 def test_nothing_stays_after_an_exception(model, inputs):
-    plain = predict(model, inputs)
+    plain, before = predict(model, inputs), [module.processor for module in attention_modules(model)]
     with pytest.raises(RuntimeError, match="stop"), perturb(model, table(model, 6, L0H1=1.0)):
         raise RuntimeError("stop")
     with pytest.raises(RuntimeError, match="stop"), capture_attention(model, head_set("L0H1")):
         raise RuntimeError("stop")
     assert torch.equal(predict(model, inputs), plain)
-    assert all(layer.perturb_output is None for layer in attention_layers(model))
+    assert [module.processor for module in attention_modules(model)] == before
 
 
 @pytest.mark.parametrize(
@@ -206,7 +211,7 @@ def test_captured_maps_are_those_that_attention_used(model, inputs):
     values = []
     handles = [
         layer.value.register_forward_hook(lambda module, args, out: values.append(out))
-        for layer in attention_layers(model)
+        for layer in attention_modules(model)
     ]
     with capture_attention(model, heads) as maps, head_outputs(model) as outputs:
         assert torch.equal(predict(model, inputs), plain)  # looking changes nothing

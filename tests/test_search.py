@@ -6,7 +6,7 @@ import torch
 
 from physnb.config import Guidance, HeadId, HuntConfig, head_set
 from physnb.data import simulate
-from physnb.hooks import attention_layers, heads_of
+from physnb.families import attention_layers, heads_of
 from physnb.search import (
     METRIC_UNITS,
     HeadRanking,
@@ -35,7 +35,7 @@ def only_head(make_model, planted=PLANTED, seed=0):
     The planted head is made loud, so that its effect is far above what rounding can do.
     """
     model = make_model(seed)
-    for layer, attention in enumerate(attention_layers(model)):
+    for layer, attention in enumerate(layer.module for layer in attention_layers(model)):
         columns = attention.out.weight.unflatten(1, (attention.heads, -1))
         for head in range(attention.heads):
             columns[:, head] *= 5.0 if (layer, head) == planted else 0.0

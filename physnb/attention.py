@@ -18,8 +18,9 @@ its own place at every time, one broken in time to its own frame (identity); it 
 (uniform), or its query is (mean_query, blur).
 
 scope says what happens where text or history tokens share the attention with the video (guidance of joint models):
-"all" breaks every row, "video_rows" the rows of video tokens alone, "video_block" keeps what video tokens read from the
-others and breaks only what they read from each other (identity only; the form of SD3-PAG).
+"all" breaks every row (a blur: every row with a place on the grid), "video_rows" the rows of video tokens alone,
+"video_block" keeps what video tokens read from the others and breaks only what they read from each other (identity
+only; the form of SD3-PAG).
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ class AttentionCall:
         scale = self.scale if self.scale is not None else self.query.shape[-1] ** -0.5
         logits = self.query[:, head] @ self.key[:, head].transpose(1, 2) * scale
         if self.mask is not None:
-            logits = logits + _additive(self.mask, logits)[:, min(head, self.mask.shape[1] - 1)]
+            logits = logits + _additive(self)[:, min(head, self.mask.shape[1] - 1)]
         if self.causal:
             logits = logits.masked_fill(~torch.ones_like(logits, dtype=torch.bool).tril(), -math.inf)
         return logits.softmax(-1)
@@ -269,9 +270,9 @@ def _video_block_identity(call: AttentionCall, form: Perturbation, output: HeadT
         return _with_video_rows(output, layout, _attend_in_groups(call, form.axis, others))
     require(not call.causal, "a causal attention cannot be broken with scope 'video_block'; use 'video_rows'")
     scale = call.scale if call.scale is not None else call.query.shape[-1] ** -0.5
-    query, own_key, own_value = call.query[:, :, layout.video], call.key[:, :, video], call.value[:, :, video]
-    own = (query * own_key).sum(-1, keepdim=True) * scale  # [row, head, video token, 1]
-    rest = query @ call.key[:, :, others].transpose(2, 3) * scale  # [row, head, video token, other token]
+    query, key, own_value = call.query[:, :, layout.video].float(), call.key.float(), call.value[:, :, video]
+    own = (query * key[:, :, video]).sum(-1, keepdim=True) * scale  # [row, head, video token, 1]
+    rest = query @ key[:, :, others].transpose(2, 3) * scale  # [row, head, video token, other token]
     if call.mask is not None:
         mask = _additive(call)
         if mask.shape[2] == 1:

@@ -112,24 +112,58 @@ class Perturbation:
 
 
 @dataclass(frozen=True)
+class LayerSkip:
+    """A weak model without some of its layers: their blocks pass on what they get (skip layer guidance, STG-R)."""
+
+    layers: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(sorted({int(layer) for layer in self.layers})))
+        require(all(layer >= 0 for layer in self.layers), f"layers to skip must not be negative, got {self.layers}")
+
+
+@dataclass(frozen=True)
+class OtherModel:
+    """A weak model that is another network, by the name under which it is passed (AutoGuidance, Karras et al. 2024)."""
+
+    name: str
+
+
+Weak = Perturbation | LayerSkip | OtherModel
+
+
+@dataclass(frozen=True)
 class Guidance:
     """Excess weights of the one guidance formula; 0 is off everywhere.
 
     `pred = C + text_weight (C - U) + sum_i weight_i (C - P_i)`, with C the conditional prediction,
-    U the one without caption, P_i the one with `perturbation_i`. A published CFG scale w is text_weight = w - 1.
+    U the one without caption, P_i that of weak model i: perturbed heads, skipped layers or another network.
+    `physnb.guidance.excess_weight` converts published scales, for example CFG's w to text_weight = w - 1.
+    start, stop: the share of the sampling steps in which guidance acts, [start, stop).
+    rescale: phi in [0, 1], how far the guided prediction is brought back to the standard deviation of C.
+    parallel: eta, how much of the update along C is kept; 1 keeps all, 0 is the projection of APG (Sadat et al. 2024).
     """
 
     text_weight: float = 0.0
-    weak: tuple[tuple[float, Perturbation], ...] = ()
+    weak: tuple[tuple[float, Weak], ...] = ()
+    start: float = 0.0
+    stop: float = 1.0
+    rescale: float = 0.0
+    parallel: float = 1.0
 
     def __post_init__(self) -> None:
-        for weight in (self.text_weight, *(weight for weight, _ in self.weak)):
+        for weight in (self.text_weight, *(weight for weight, _ in self.weak), self.parallel):
             require(math.isfinite(weight), f"guidance weight must be a finite number, got {weight}")
+        require(
+            0 <= self.start <= self.stop <= 1,
+            f"guidance must start and stop within [0, 1], in this order, got {self.start} and {self.stop}",
+        )
+        require(0 <= self.rescale <= 1, f"guidance rescale must be in [0, 1], got {self.rescale}")
 
     @classmethod
-    def from_heads(cls, heads: HeadSet | str, weight: float, strength: float = 1.0) -> Guidance:
-        """Guidance away from the model whose `heads` are broken."""
-        return cls(weak=((weight, Perturbation(head_set(heads), strength)),))
+    def from_heads(cls, heads: HeadSet | str, weight: float, strength: float = 1.0, **form: Any) -> Guidance:
+        """Guidance away from the model whose `heads` are broken; `form` has further settings of the Perturbation."""
+        return cls(weak=((weight, Perturbation(head_set(heads), strength, **form)),))
 
 
 @dataclass(frozen=True)

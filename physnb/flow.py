@@ -69,7 +69,7 @@ def make_scheduler(solver: str, shift: float):
 
 
 def solve(
-    velocity: Callable[[ClipTensor, Levels], ClipTensor],
+    velocity: Callable[[ClipTensor, Levels, float], ClipTensor],
     noise: ClipTensor,
     *,
     steps: int,
@@ -79,7 +79,8 @@ def solve(
 ) -> ClipTensor:
     """The clean clips at the end of the flow from `noise` (sigma = 1) to sigma = 0.
 
-    velocity(z, sigma) is any denoiser, guided or not; `steps` solver steps (heun calls it twice a step but the last).
+    velocity(z, sigma, progress) is any denoiser, guided or not, with the share of its calls that lie behind;
+    `steps` solver steps (heun calls it twice a step but the last).
     callback(step, sigma, z) sees every call.
     """
     require(steps > 0, f"sampling steps must be positive, got {steps}")
@@ -91,6 +92,6 @@ def solve(
     for step, (time, sigma) in enumerate(zip(scheduler.timesteps, levels, strict=True)):
         if callback is not None:
             callback(step, sigma, sample)
-        drift = velocity(sample, torch.full((len(sample),), sigma, device=sample.device))
+        drift = velocity(sample, torch.full((len(sample),), sigma, device=sample.device), step / len(levels))
         sample = scheduler.step(drift, time, sample).prev_sample
     return sample

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -52,11 +52,13 @@ def generate(
     seed: int = 0,
     batch_size: int = 64,
     use_captions: bool = True,
+    others: Mapping[str, VideoDiT] | None = None,
     callback: Callable[[int, float, torch.Tensor], None] | None = None,
 ) -> Clip:
     """One generated clip a case, continuing its first `frames_given` frames, which are kept as they are.
 
     guidance: one for all cases, or one a case. frames_given 0 and use_captions False generate unconditionally.
+    others: the networks that the OtherModel entries of the guidance name.
     A clip does not depend on the batch it is made in beyond float rounding: at most 1 grey level of 255.
     callback(step, sigma, noised batch) sees every call of the model.
     Raises ValueError for cases of another size, a head the model lacks, an unknown solver or a bad count.
@@ -71,7 +73,7 @@ def generate(
         part = cases[first : first + batch_size]
         captions = part.captions if use_captions else ("",) * len(part)
         start, given, caption_ids = conditions(model, part, frames_given, captions)
-        velocity = guided_velocity(model, start, given, caption_ids, rows[first : first + batch_size])
+        velocity = guided_velocity(model, start, given, caption_ids, rows[first : first + batch_size], others)
         noise = initial_noise(model, part, seed).to(model.device)
         shift = model.config.noise_shift
         clean = solve(velocity, noise, steps=steps, solver=solver, shift=shift, callback=callback)

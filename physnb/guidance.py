@@ -2,23 +2,46 @@
 
     pred = C + text_weight (C - U) + sum_i weight_i (C - P_i)
 
-C is the conditional prediction, U the one without caption, P_i the one with broken heads. The weights sum to 1, so the
-formula is the same for clean clips, noise and velocity. Published scales w of CFG are text_weight = w - 1; scales s of
-PAG, SEG and HeadHunter are weight = s.
+C is the conditional prediction, U the one without caption, P_i the one of a weak model: broken heads (PAG, SEG,
+HeadHunter), skipped layers (SLG, STG) or another network (AutoGuidance). The weights sum to 1, so the formula is the
+same for clean clips, noise and velocity; rescale and projection are not linear and act on clean clips here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from physnb.config import Guidance
+from physnb.config import Guidance, LayerSkip, OtherModel, Perturbation, Weak, choose
 from physnb.flow import ClipTensor, Levels, velocity_from_clean
-from physnb.hooks import perturb, strength_table
-from physnb.model import VideoDiT
+from physnb.hooks import first_layer, perturb_rows, skip_layers
+from physnb.model import Fork, VideoDiT
+
+Denoiser = Callable[[ClipTensor, Levels, float], ClipTensor]
+
+OFF = {  # the value at which a published scale changes nothing: it is 1 where the formula starts from the weaker model
+    "cfg": 1.0,  # diffusers: U + w (C - U)
+    "cfg-original": 0.0,  # C + w (C - U), also in the papers of PAG and HeadHunter and in the Cosmos pipelines
+    "pag": 0.0,  # paper and diffusers pipelines: C + s (C - P)
+    "pag-adm": 1.0,  # its ADM code: P + g (C - P)
+    "headhunter": 0.0,  # (1 + w) C - w P
+    "seg": 0.0,
+    "stg": 0.0,
+    "slg": 0.0,
+    "autoguidance": 1.0,  # P + w (C - P)
+    "ltx2-modality": 1.0,
+    "diffusers-guider-without-cfg": 1.0,  # its PAG, SLG and SEG: P + s (C - P) as soon as CFG is off
+}
+
+
+def excess_weight(scale: float, convention: str) -> float:
+    """The weight of the one formula for a scale as it is published; raises ValueError for an unknown convention."""
+    return scale - OFF[choose("guidance convention", convention, OFF)]
 
 
 def combine_predictions(
@@ -31,46 +54,125 @@ def combine_predictions(
     return combined
 
 
+def project_update(conditional: ClipTensor, guided: ClipTensor, parallel: Float[Tensor, " batch"]) -> ClipTensor:
+    """`guided` with the part of its update along C scaled by eta (Sadat et al. 2024, eq. 8; no momentum, no radius)."""
+    update, unit = guided - conditional, torch.nn.functional.normalize(conditional.flatten(1), dim=1)
+    along = (update.flatten(1) * unit).sum(1, keepdim=True) * unit
+    return guided + ((parallel[:, None].to(along) - 1) * along).view_as(update)
+
+
+def rescale_deviation(conditional: ClipTensor, guided: ClipTensor, phi: Float[Tensor, " batch"]) -> ClipTensor:
+    """phi std(C) / std(guided) guided + (1 - phi) guided, clip by clip (Lin et al. 2024, eq. 15 and 16)."""
+    ratio = conditional.flatten(1).std(1) / guided.flatten(1).std(1)
+    return guided * (1 + phi.to(ratio) * (ratio - 1)).view(-1, 1, 1, 1, 1)
+
+
+@dataclass(frozen=True)
+class Term:
+    """One weak prediction of some rows of the batch; `weak` holds the weak model of each, None for no caption."""
+
+    rows: list[int]
+    weights: list[float]
+    weak: list[Weak | None]
+
+
+def guidance_terms(guidance: Sequence[Guidance]) -> list[Term]:
+    """The weak predictions that the rows ask for: those without caption first, then each row's weak models in turn."""
+    rows = [b for b, g in enumerate(guidance) if g.text_weight != 0]
+    terms = [Term(rows, [guidance[b].text_weight for b in rows], [None] * len(rows))] if rows else []
+    for slot in range(max((len(g.weak) for g in guidance), default=0)):
+        rows = [b for b, g in enumerate(guidance) if len(g.weak) > slot and g.weak[slot][0] != 0]
+        if rows:
+            weights, weak = zip(*(guidance[b].weak[slot] for b in rows), strict=True)
+            terms.append(Term(rows, list(weights), list(weak)))
+    return terms
+
+
 def guided_velocity(
     model: VideoDiT,
     start: ClipTensor,
     given: Float[Tensor, "batch time"],
     caption_ids: Int[Tensor, "batch word"],
     guidance: Sequence[Guidance],
-) -> Callable[[ClipTensor, Levels], ClipTensor]:
-    """A denoiser for `flow.solve`: velocity(z, sigma) under each row's own guidance.
+    others: Mapping[str, VideoDiT] | None = None,
+) -> Denoiser:
+    """A denoiser for `flow.solve`: velocity(z, sigma, progress) under each row's own guidance.
 
-    All predictions that any row asks for run in one batch; rows that do not ask cost nothing.
-    Raises ValueError for a head that the model lacks.
+    C, U and every P of the model run in one batch: a P leaves its C at the first layer in which they differ, and rows
+    that ask for nothing cost nothing. others: the networks that OtherModel names.
+    Raises ValueError for a head, layer or network that is not there.
     """
-    batch = len(guidance)
-    terms = []  # (rows, weights of these rows, captions kept, perturbation of these rows)
-    text_rows = [b for b, g in enumerate(guidance) if g.text_weight != 0]
-    if text_rows:
-        terms.append((text_rows, [guidance[b].text_weight for b in text_rows], False, [None] * len(text_rows)))
-    for slot in range(max((len(g.weak) for g in guidance), default=0)):
-        rows = [b for b, g in enumerate(guidance) if len(g.weak) > slot and g.weak[slot][0] != 0]
-        if rows:
-            weights, perturbations = zip(*(guidance[b].weak[slot] for b in rows), strict=True)
-            terms.append((rows, list(weights), True, list(perturbations)))
+    others = dict(others or {})
+    for weak in (w for g in guidance for _, w in g.weak if isinstance(w, OtherModel)):
+        choose("guiding model", weak.name, others)
+    plain = Plan(model, [], len(guidance))
+    plan = Plan(model, guidance_terms(guidance), len(guidance))
 
-    source = torch.tensor([*range(batch), *(row for rows, *_ in terms for row in rows)], device=start.device)
-    keep_caption = torch.tensor([True] * batch + [keep for rows, _, keep, _ in terms for _ in rows]).to(start.device)
-    strength = strength_table(model, [None] * batch + [p for *_, perturbed in terms for p in perturbed])
-    strength = strength.to(start.device)
-    all_start, all_given = start[source], given[source]
-    all_captions = caption_ids[source] * keep_caption[:, None]
-
-    def velocity(noised: ClipTensor, sigma: Levels) -> ClipTensor:
-        with torch.inference_mode(), perturb(model, strength):
-            clean = model(noised[source], sigma[source], all_start, all_given, all_captions).sample
-        parts = clean.split([batch, *(len(rows) for rows, *_ in terms)])
-        conditional, others, weights = parts[0], [], []
-        for part, (rows, row_weights, *_) in zip(parts[1:], terms, strict=True):
-            other, weight = conditional.clone(), torch.zeros(batch)
-            other[rows], weight[rows] = part, torch.tensor(row_weights)
-            others.append(other)
-            weights.append(weight)
-        return velocity_from_clean(noised, combine_predictions(conditional, others, weights), sigma)
+    def velocity(noised: ClipTensor, sigma: Levels, progress: float = 0.0) -> ClipTensor:
+        active = [g.start <= progress < g.stop for g in guidance]
+        inputs = dict(sample=noised, sigma=sigma, start=start, given=given, caption_ids=caption_ids)
+        with torch.inference_mode():
+            clean = (plan if any(active) else plain).predict(inputs, others)
+            conditional, weak = clean[0], clean[1:]
+            if not weak:
+                return velocity_from_clean(noised, conditional, sigma)
+            on = torch.tensor(active).float()
+            weights = [plan.weights(term) * on for term in plan.terms]
+            guided = combine_predictions(conditional, weak, weights)
+            settings = torch.tensor([[g.parallel, g.rescale] for g in guidance])
+            if bool((settings[:, 0] != 1).any()):
+                guided = project_update(conditional, guided, settings[:, 0].to(guided))
+            if bool((settings[:, 1] != 0).any()):
+                guided = rescale_deviation(conditional, guided, (settings[:, 1] * on).to(guided))
+        return velocity_from_clean(noised, guided, sigma)
 
     return velocity
+
+
+class Plan:
+    """How the predictions of all terms are made in as few rows as possible."""
+
+    def __init__(self, model: VideoDiT, terms: list[Term], batch: int):
+        self.model, self.terms, self.batch = model, terms, batch
+        mine = [(term, i) for term in terms for i, weak in enumerate(term.weak) if not isinstance(weak, OtherModel)]
+        without_caption = [(term, i) for term, i in mine if term.weak[i] is None]
+        broken = [(term, i) for term, i in mine if term.weak[i] is not None]
+        self.order = [*without_caption, *broken]  # of the rows after those of C
+        # rows of the batch before the fork: C, then U; after it: the same, then every P, which was its C till then
+        self.before = torch.tensor([*range(batch), *(term.rows[i] for term, i in without_caption)])
+        self.captions = torch.tensor([True] * batch + [False] * len(without_caption))
+        self.weak = [None] * len(self.before) + [term.weak[i] for term, i in broken]
+        self.fork = None
+        if broken:
+            layer = min(first_layer(model, term.weak[i]) for term, i in broken)
+            copies = [*range(len(self.before)), *(term.rows[i] for term, i in broken)]
+            self.fork = Fork(layer, torch.tensor(copies, device=model.device))
+
+    def predict(self, inputs: dict[str, Tensor], others: Mapping[str, VideoDiT]) -> list[ClipTensor]:
+        """C, then the prediction of each term, with C itself in the rows that a term does not concern."""
+        rows = self.before.to(inputs["sample"].device)
+        before = {name: value[rows] for name, value in inputs.items()}
+        before["caption_ids"] = before["caption_ids"] * self.captions.to(rows.device)[:, None]
+        with ExitStack() as stack:
+            if self.fork is not None:
+                heads = [weak if isinstance(weak, Perturbation) else None for weak in self.weak]
+                skips = [weak if isinstance(weak, LayerSkip) else None for weak in self.weak]
+                stack.enter_context(perturb_rows(self.model, heads))
+                stack.enter_context(skip_layers(self.model, skips))
+            clean = self.model(**before, fork=self.fork).sample
+        conditional, rest = clean[: self.batch], clean[self.batch :]
+        predictions = {id(term): conditional.clone() for term in self.terms}
+        for (term, i), row in zip(self.order, rest, strict=True):
+            predictions[id(term)][term.rows[i]] = row
+        for term in self.terms:
+            for name in dict.fromkeys(weak.name for weak in term.weak if isinstance(weak, OtherModel)):
+                mine = [row for row, weak in zip(term.rows, term.weak, strict=True) if weak == OtherModel(name)]
+                part = {key: value[mine] for key, value in inputs.items()}
+                predictions[id(term)][mine] = others[name](**part).sample
+        return [conditional, *(predictions[id(term)] for term in self.terms)]
+
+    def weights(self, term: Term) -> Float[Tensor, " batch"]:
+        """The weight of a term in every row, 0 where it does not concern it."""
+        weights = torch.zeros(self.batch)
+        weights[term.rows] = torch.tensor(term.weights)
+        return weights

@@ -9,6 +9,8 @@ putting the processor back restores the model.
 from __future__ import annotations
 
 import copy
+import itertools
+import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from physnb.attention import AttentionCall, HeadTensor, broken_output
-from physnb.config import HeadId, HeadSet, Perturbation, require
+from physnb.config import HeadId, HeadSet, LayerSkip, Perturbation, require
 from physnb.families import (
     AttentionLayer,
     Inputs,
@@ -37,6 +39,7 @@ Strength = Float[Tensor, "batch layer head"]
 Replace = Callable[[AttentionCall, HeadTensor], HeadTensor]  # (a call, its output) -> the output that the model sees
 ATTENTION_NAMES = ("dispatch_attention_fn", "scaled_dot_product_attention")  # what processors call
 IDENTITY = Perturbation(())
+_numbers = itertools.count()
 
 
 @dataclass
@@ -46,8 +49,9 @@ class Site:
     model: nn.Module
     layer: AttentionLayer
     needs_layout: bool = False
+    check_calls: bool = True
     inputs: Inputs | None = None  # of the model's present forward
-    calls: int = 0  # of attention in the module's present forward
+    calls: int = 0  # of attention in that forward, counted where each clip has its own
     seen: bool = False  # whether any video attention was seen since this was last cleared
 
 
@@ -98,6 +102,48 @@ def perturb_rows(model: nn.Module, rows: Sequence[Perturbation | None] | Perturb
             mine = [row if row is not None and row.form == form else None for row in rows]
             stack.enter_context(perturb(model, strength_table(model, mine), form))
         yield
+
+
+def first_layer(model: nn.Module, weak: Perturbation | LayerSkip) -> int:
+    """The first layer in which a weak model differs from the model itself; raises ValueError for one it lacks."""
+    layers = len(attention_layers(model))
+    if isinstance(weak, Perturbation):
+        return min((head.layer for head in check_heads(model, weak.heads)), default=layers - 1)
+    for layer in weak.layers:
+        require(layer < layers, f"layer {layer} does not exist: the model has layers 0 to {layers - 1}")
+    return min(weak.layers, default=layers - 1)
+
+
+@contextmanager
+def skip_layers(model: nn.Module, rows: Sequence[LayerSkip | None]) -> Iterator[None]:
+    """Inside the block, the blocks of rows[b].layers pass on what they get in row b of every batch."""
+    model = getattr(model, "_orig_mod", model)
+    with ExitStack() as stack:
+        for number, layer in enumerate(attention_layers(model)):
+            skipped = [row for row, skip in enumerate(rows) if skip is not None and number in skip.layers]
+            if skipped:
+                block = model.get_submodule(layer.path.rpartition(".")[0])
+                stack.callback(block.register_forward_hook(_pass_on(skipped), with_kwargs=True).remove)
+        yield
+
+
+def _pass_on(rows: list[int]):
+    """A forward hook that puts a block's inputs in the place of its outputs, in some rows."""
+
+    def hook(block: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        streams = forward_inputs(block, args, kwargs)
+        streams = [value for value in streams.values() if isinstance(value, Tensor)]  # hidden states come first
+        outputs = [output] if isinstance(output, Tensor) else list(output)
+        for i, (before, after) in enumerate(zip(streams, outputs, strict=False)):
+            require(
+                isinstance(after, Tensor) and before.shape == after.shape,
+                f"{type(block).__name__} cannot be skipped: what it returns is not what it gets",
+            )
+            outputs[i] = after.clone()
+            outputs[i][rows] = before[rows]
+        return outputs[0] if isinstance(output, Tensor) else type(output)(outputs)
+
+    return hook
 
 
 def needs_layout(form: Perturbation) -> bool:
@@ -200,12 +246,12 @@ def replaced_attention(
     model = getattr(model, "_orig_mod", model)
     layers = attention_layers(model)
     check_model(model)
-    sites = {number: Site(model, layers[number], needs_layout) for number in functions}
+    sites = {number: Site(model, layers[number], needs_layout, check_calls) for number in functions}
 
     def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
         inputs = forward_inputs(module, args, kwargs) if needs_layout else None
         for site in sites.values():
-            site.inputs, site.seen = inputs, False
+            site.inputs, site.seen, site.calls = inputs, False, 0
 
     def after(module: nn.Module, args: tuple, output: Any) -> None:
         blind = [site.layer.path for site in sites.values() if not site.seen]
@@ -213,7 +259,7 @@ def replaced_attention(
             raise RuntimeError(f"{blind[0]} ran without calling the attention that was to be replaced")
 
     with ExitStack() as stack:
-        if needs_layout or check_calls:
+        if needs_layout or check_calls or family_of(model).rows == "calls":
             stack.callback(model.register_forward_pre_hook(before, with_kwargs=True).remove)
         if check_calls:
             stack.callback(model.register_forward_hook(after).remove)
@@ -221,6 +267,10 @@ def replaced_attention(
             module, processor = site.layer.module, site.layer.module.processor
             stack.callback(setattr, module, "processor", processor)
             module.processor = rebound(processor, site, functions[number])
+            # torch.compile looks a function's global names up in the module that its code says it is from.
+            namespace = module.processor.namespace
+            sys.modules[namespace.__name__] = namespace
+            stack.callback(sys.modules.pop, namespace.__name__)
         yield
 
 
@@ -233,16 +283,21 @@ def rebound(processor: Any, site: Site, function: Replace) -> Any:
         and any(name in original.__code__.co_names for name in ATTENTION_NAMES),
         f"{site.layer.path} has a {kind.__name__}, which calls no scaled dot product attention that can be replaced",
     )
-    family, names = family_of(site.model), dict(original.__globals__)
-    dispatch = names.get("dispatch_attention_fn")
-    functional = names.get("F", F)
+    family = family_of(site.model)
+    namespace = types.ModuleType(f"{original.__module__}.replaced_{next(_numbers)}")
+    namespace.__dict__.update(original.__globals__, __name__=namespace.__name__)
+    dispatch = getattr(namespace, "dispatch_attention_fn", None)
+    functional = getattr(namespace, "F", F)
 
     def replaced(query: Tensor, key: Tensor, value: Tensor, output: Tensor, mask, causal: bool, scale) -> Tensor:
         if family.latent == "cosmos3" and causal:
             return output  # the text's own attention
         layout = token_layout(site.model, site.layer, site.inputs, query.shape[2]) if site.needs_layout else None
         clip = site.calls if family.rows == "calls" else None
-        site.calls, site.seen = site.calls + 1, True
+        if clip is not None:
+            site.calls += 1
+        if site.check_calls:  # not in a compiled model, which would compile again whenever this changes
+            site.seen = True
         return function(AttentionCall(query, key, value, mask, causal, scale, layout, clip), output)
 
     def dispatched(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, *args, **kwargs):
@@ -258,19 +313,13 @@ def rebound(processor: Any, site: Site, function: Replace) -> Any:
 
     shim = types.ModuleType(functional.__name__)
     shim.__dict__.update(functional.__dict__, scaled_dot_product_attention=attended)
-    names.update(F=shim, dispatch_attention_fn=dispatched)
+    namespace.__dict__.update(F=shim, dispatch_attention_fn=dispatched)
     method = types.FunctionType(
-        original.__code__, names, original.__name__, original.__defaults__, original.__closure__
+        original.__code__, namespace.__dict__, original.__name__, original.__defaults__, original.__closure__
     )
     method.__kwdefaults__ = original.__kwdefaults__
-
-    def counted(self, *args, **kwargs):
-        site.calls = 0
-        return method(self, *args, **kwargs)
-
-    call = counted if family.rows == "calls" else method
     result = copy.copy(processor)
-    result.__class__ = type(kind.__name__, (kind,), {original.__name__: call, "__module__": kind.__module__})
+    result.__class__ = type(kind.__name__, (kind,), {original.__name__: method, "namespace": namespace})
     return result
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,13 @@ from physnb.config import ModelConfig
 LEVEL_FEATURES = 64  # sine features of the noise level
 LEVEL_FREQUENCY = 10.0  # of the fastest; faster ones tell neighbouring levels apart and only add noise
 ROPE_BASE = 10_000.0  # on small token grids the slow pairs hardly turn: they compare content alone
+
+
+class Fork(NamedTuple):
+    """Where predictions that begin alike part: before block `layer` the batch becomes batch[rows]."""
+
+    layer: int
+    rows: Int[Tensor, " copy"]
 
 
 @dataclass
@@ -194,12 +202,14 @@ class VideoDiT(ModelMixin, ConfigMixin):
         given: Float[Tensor, "batch time"],
         caption_ids: Int[Tensor, "batch word"],
         return_dict: bool = True,
+        fork: Fork | None = None,
     ) -> VideoDiTOutput | tuple[Tensor]:
         """The predicted clean clip.
 
         sample: noised clip; sigma: its noise level in (0, 1]; given: 1 for start frames, else 0;
         start: clean clip, which takes the place of the noised one where given is 1;
         caption_ids: from `encode_captions`, all 0 for no caption.
+        fork: where rows become several, which have to differ by hooks on later blocks; the output has one row a copy.
         """
         mask, mean = given[:, None, :, None, None], self.config.pixel_mean
         mask_channel = mask.expand(-1, 1, -1, *sample.shape[3:])
@@ -208,7 +218,9 @@ class VideoDiT(ModelMixin, ConfigMixin):
         x = self.patchify(torch.cat([centred * (1 - mask), known, mask_channel], 1))  # [batch, token, 7 * patch]
         x = self.embed(x) + self.places  # [batch, token, width]
         condition = self.embed_condition(sigma, caption_ids)  # [batch, width]
-        for block in self.blocks:
+        for layer, block in enumerate(self.blocks):
+            if fork is not None and layer == fork.layer:
+                x, condition = x[fork.rows], condition[fork.rows]
             x = block(x, condition, self.rotary)  # [batch, token, width]
         shift, scale = self.modulation(condition)[:, None].chunk(2, dim=-1)  # [batch, 1, width] each
         x = self.head(torch.addcmul(shift, self.norm(x), 1 + scale))  # [batch, token, 3 * patch]

@@ -84,7 +84,8 @@ def tiny_model(slug: str, seed: int = 0) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class(**family.config)
-    # Several families start with zero gates: attention then has exactly no effect, and no test of it could fail.
+    # VideoDiT and Kandinsky 5 start with zero gates: attention then has exactly no effect, and no test of it could
+    # fail. Mochi and Cosmos start with zero positions.
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

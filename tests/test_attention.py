@@ -36,27 +36,28 @@ class Sequence:
 
 
 VIDEO = Sequence((3, 4, 5))
-TEXT_ON_BOTH_SIDES = Sequence((3, 4, 5), before=4, after=3)
-TEXT_KEYS = Sequence((3, 4, 5), extra_keys=5)
-SEQUENCES = {
-    "video": VIDEO,
+BOTH_SIDES = Sequence((3, 2, 4), before=4, after=3)
+TEXT_KEYS = Sequence((3, 2, 4), extra_keys=5)
+MASKED = {"video": Sequence((3, 2, 4)), "text on both sides": BOTH_SIDES, "text keys": TEXT_KEYS}
+SMALL = {
     "one frame": Sequence((1, 4, 4)),
     "one place": Sequence((5, 1, 1)),
-    "text first": Sequence((3, 4, 5), before=6),
-    "video first": Sequence((3, 4, 5), after=6),
-    "text on both sides": TEXT_ON_BOTH_SIDES,
+    "text first": Sequence((2, 3, 4), before=6),
+    "video first": Sequence((4, 3, 2), after=6),
     "one place among text": Sequence((5, 1, 1), before=2, after=3),
     "text keys": TEXT_KEYS,
     "text keys and text": Sequence((2, 3, 4), before=2, after=1, extra_keys=3),
 }
-MASKED = {"video": VIDEO, "text on both sides": TEXT_ON_BOTH_SIDES, "text keys": TEXT_KEYS}
 FORMS = [
     *(Perturbation((), kind=kind, axis=axis) for kind in ("identity", "uniform", "mean_query") for axis in AXES),
     *(Perturbation((), kind="blur", axis=axis, sigma=sigma) for axis in AXES for sigma in SIGMAS),
     *(Perturbation((), kind="temperature", temperature=temperature) for temperature in (0.5, 4.0)),
     Perturbation((), kind="zero"),
 ]
-ONE_OF_EACH = [form for form in FORMS if form.sigma in SIGMAS[:2] and form.temperature == 4.0]
+ONE_OF_EACH = [form for form in FORMS if form.kind not in ("blur", "temperature")] + [
+    *(Perturbation((), kind="blur", axis=axis, sigma=(0.5, 2.0, 1.0)) for axis in AXES),
+    Perturbation((), kind="temperature", temperature=3.0),
+]
 
 
 def scoped(form: Perturbation, sequence: Sequence) -> list[Perturbation]:
@@ -75,10 +76,11 @@ def refuses_causal(sequence: Sequence, form: Perturbation) -> bool:
 
 
 def name(form: Perturbation) -> str:
-    return "-".join([form.kind, form.axis, form.scope, *(map(str, form.sigma) if form.kind == "blur" else ())])
+    numbers = dict(blur=form.sigma, temperature=(form.temperature,)).get(form.kind, ())
+    return "-".join([form.kind, form.axis, form.scope, *map(str, numbers)])
 
 
-def every(sequences: dict[str, Sequence], forms: list[Perturbation] = FORMS) -> list:
+def every(sequences: dict[str, Sequence], forms: list[Perturbation] = ONE_OF_EACH) -> list:
     """pytest parameters (sequence, form): every form in every scope in every sequence."""
     return [
         pytest.param(sequence, form, id=f"{where}-{name(form)}")
@@ -96,7 +98,7 @@ def make_mask(kind: str, rows: int, heads: int, queries: int, keys: int, generat
     if kind in ("keys", "flat keys"):
         added[closed_keys[:, None, None].expand_as(added)] = -INF
         return ~closed_keys if kind == "flat keys" else ~closed_keys[:, None, None], added
-    if kind in ("pairs", "flat pairs", "closed rows"):
+    if kind in ("flat pairs", "closed rows"):
         if kind == "closed rows":
             closed_pairs[torch.rand(queries, generator=generator) < 0.3] = True
         added[closed_pairs.expand_as(added)] = -INF
@@ -254,49 +256,47 @@ def check(problem: Problem, form: Perturbation) -> None:
     torch.testing.assert_close(broken, (broken_map(problem, form) @ problem.value).float(), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("sequence", "form"), every(SEQUENCES))
+@pytest.mark.parametrize(
+    ("sequence", "form"), every({"video": VIDEO, "text on both sides": BOTH_SIDES}, FORMS) + every(SMALL)
+)
 def test_every_form_equals_its_explicit_map(sequence, form):
     check(Problem(sequence), form)
 
 
-@pytest.mark.parametrize("mask", ["keys", "flat keys", "pairs", "closed rows", "queries", "bias", "pair bias"])
-@pytest.mark.parametrize(("sequence", "form"), every(MASKED, ONE_OF_EACH))
+@pytest.mark.parametrize("mask", ["keys", "closed rows", "bias"])
+@pytest.mark.parametrize(("sequence", "form"), every(MASKED))
 def test_every_form_respects_a_mask(sequence, form, mask):
     check(Problem(sequence, mask), form)
 
 
-@pytest.mark.parametrize("mask", ["flat pairs", "head pairs"])
-@pytest.mark.parametrize(("sequence", "form"), every({"text on both sides": TEXT_ON_BOTH_SIDES}, ONE_OF_EACH))
-def test_a_mask_without_rows_is_that_of_every_row(sequence, form, mask):
+@pytest.mark.parametrize("mask", ["flat keys", "flat pairs", "head pairs", "queries", "pair bias"])
+@pytest.mark.parametrize(("sequence", "form"), every({"text on both sides": BOTH_SIDES}))
+def test_a_mask_may_have_any_shape_that_broadcasts(sequence, form, mask):
     check(Problem(sequence, mask), form)
 
 
 @pytest.mark.parametrize(
     ("sequence", "form"),
-    [
-        parameters
-        for parameters in every({"video": VIDEO, "text on both sides": TEXT_ON_BOTH_SIDES}, ONE_OF_EACH)
-        if not refuses_causal(*parameters.values)
-    ],
+    [one for one in every({"video": VIDEO, "text on both sides": BOTH_SIDES}) if not refuses_causal(*one.values)],
 )
 def test_attention_may_be_causal(sequence, form):
     check(Problem(sequence, "causal"), form)
 
 
-@pytest.mark.parametrize("mask", [None, "keys", "bias"])
-@pytest.mark.parametrize(("sequence", "form"), every({"text keys": TEXT_KEYS, "both": TEXT_ON_BOTH_SIDES}, ONE_OF_EACH))
+@pytest.mark.parametrize("mask", [None, "keys"])
+@pytest.mark.parametrize(("sequence", "form"), every({"text keys": TEXT_KEYS, "text on both sides": BOTH_SIDES}))
 def test_query_heads_may_share_keys_and_values(sequence, form, mask):
     check(Problem(sequence, mask, heads=4, key_heads=2), form)
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0])
-@pytest.mark.parametrize(("sequence", "form"), every({"both": TEXT_ON_BOTH_SIDES}, ONE_OF_EACH))
+@pytest.mark.parametrize(("sequence", "form"), every({"text on both sides": BOTH_SIDES}))
 def test_every_form_keeps_the_scale(sequence, form, scale):
     check(Problem(sequence, scale=scale), form)
 
 
-@pytest.mark.parametrize("mask", [None, "keys", "pairs", "head pairs", "bias"])
-@pytest.mark.parametrize(("sequence", "form"), every({"both": TEXT_ON_BOTH_SIDES}, ONE_OF_EACH[::2]))
+@pytest.mark.parametrize("mask", [None, "keys", "closed rows", "head pairs", "bias"])
+@pytest.mark.parametrize(("sequence", "form"), every({"text on both sides": BOTH_SIDES}, ONE_OF_EACH[::2]))
 def test_selected_rows_and_heads_are_those_of_the_whole(sequence, form, mask):
     call = Problem(sequence, mask, rows=3, heads=4, key_heads=2).call
     rows, heads = torch.tensor([2, 0]), torch.tensor([3, 0, 1])
@@ -308,18 +308,20 @@ def test_selected_rows_and_heads_are_those_of_the_whole(sequence, form, mask):
 
 
 @pytest.mark.parametrize("mask", [None, "closed rows", "bias"])
-@pytest.mark.parametrize(("sequence", "form"), every({"both": TEXT_ON_BOTH_SIDES}, ONE_OF_EACH))
-def test_half_precision_keeps_its_type_and_stays_finite(sequence, form, mask):
-    call = Problem(sequence, mask).call  # a bias stays in float32
-    call = replace(call, query=call.query.bfloat16(), key=call.key.bfloat16(), value=call.value.bfloat16())
-    output = call.attend()
-    broken = broken_output(call, form, output)
+@pytest.mark.parametrize(("sequence", "form"), every({"text on both sides": BOTH_SIDES}))
+def test_half_precision_keeps_its_type_and_costs_little(sequence, form, mask):
+    call = Problem(sequence, mask, scale=2.0).call  # a bias stays in float32
+    names = ("query", "key", "value")
+    half = replace(call, **{name: getattr(call, name).bfloat16() for name in names})
+    exact = replace(call, **{name: getattr(half, name).float() for name in names})
+    broken = broken_output(half, form, half.attend())
     assert broken.dtype == torch.bfloat16
-    assert broken.shape == output.shape
     assert broken.isfinite().all()
+    tolerance = 0.2 if form.kind in ("mean_query", "blur") else 0.03  # those round the broken query too
+    torch.testing.assert_close(broken.float(), broken_output(exact, form, exact.attend()), atol=tolerance, rtol=0)
 
 
-@pytest.mark.parametrize(("sequence", "form"), every({"video": VIDEO, "both": TEXT_ON_BOTH_SIDES}, ONE_OF_EACH))
+@pytest.mark.parametrize(("sequence", "form"), every({"text on both sides": BOTH_SIDES}))
 def test_inputs_are_not_written_to(sequence, form):
     call = Problem(sequence, "bias").call
     tensors = (call.query, call.key, call.value, call.mask, call.attend())
@@ -373,7 +375,7 @@ def test_blur_of_a_known_width():
     torch.testing.assert_close(blur_matrix(5, 1.0), torch.cat([expected, expected[:2].flip(0, 1)]))
 
 
-LIMIT_SEQUENCES = [VIDEO, SEQUENCES["one frame"], SEQUENCES["one place"]]
+LIMIT_SEQUENCES = [VIDEO, SMALL["one frame"], SMALL["one place"]]
 
 
 def broken_and_normal(sequence: Sequence, mask: str | None = None, **settings):
@@ -384,7 +386,7 @@ def broken_and_normal(sequence: Sequence, mask: str | None = None, **settings):
 
 
 @pytest.mark.parametrize("mask", [None, "keys", "bias"])
-@pytest.mark.parametrize("sequence", [VIDEO, TEXT_ON_BOTH_SIDES, TEXT_KEYS])
+@pytest.mark.parametrize("sequence", [VIDEO, BOTH_SIDES, TEXT_KEYS])
 def test_temperature_goes_from_normal_to_uniform(sequence, mask):
     broken, normal, _ = broken_and_normal(sequence, mask, kind="temperature", temperature=1.0)
     torch.testing.assert_close(broken, normal)
@@ -417,7 +419,7 @@ def test_identity_is_the_value_itself(scope):
 
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize(
-    ("sequence", "one_frame"), [(SEQUENCES["one frame"], True), (SEQUENCES["one place"], False)], ids=["frame", "place"]
+    ("sequence", "one_frame"), [(SMALL["one frame"], True), (SMALL["one place"], False)], ids=["frame", "place"]
 )
 def test_identity_on_a_single_frame_or_place(sequence, one_frame, scope):
     through, kept = ("space", "time") if one_frame else ("time", "space")  # broken along the axis that has a length
@@ -452,7 +454,7 @@ def test_blur_and_scopes_need_a_token_grid(settings):
 
 @pytest.mark.parametrize("kind", [kind for kind in PERTURBATION_KINDS if kind != "blur"])
 def test_other_forms_need_no_token_grid(kind):
-    call = Problem(TEXT_ON_BOTH_SIDES).call
+    call = Problem(BOTH_SIDES).call
     output, form = call.attend(), Perturbation((), kind=kind)
     expected = broken_output(call, form, output)
     assert torch.equal(broken_output(replace(call, layout=None), form, output), expected)
@@ -462,7 +464,7 @@ def test_other_forms_need_no_token_grid(kind):
 @pytest.mark.parametrize("axis", ["space", "time"])
 @pytest.mark.parametrize("where", ["text first", "video first", "text keys"])
 def test_an_axis_among_other_tokens_needs_a_scope(where, axis, kind):
-    call = Problem(SEQUENCES[where]).call
+    call = Problem(SMALL[where]).call
     with pytest.raises(ValueError, match=f"axis '{axis}' among other tokens needs scope 'video_rows'"):
         broken_output(call, Perturbation((), kind=kind, axis=axis), call.attend())
 
@@ -476,7 +478,7 @@ def test_causal_attention_is_not_restricted_to_an_axis(axis, kind):
 
 
 def test_causal_attention_has_no_video_block():
-    call = Problem(TEXT_ON_BOTH_SIDES, "causal").call
+    call = Problem(BOTH_SIDES, "causal").call
     with pytest.raises(ValueError, match="a causal attention cannot be broken with scope 'video_block'"):
         broken_output(call, Perturbation((), scope="video_block"), call.attend())
 

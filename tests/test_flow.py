@@ -67,7 +67,7 @@ def test_shifted_levels_keep_their_ends_and_rise():
 def test_solver_recovers_the_clip_from_a_perfect_denoiser(clean_and_noise, solver, steps):
     clean, noise = clean_and_noise
 
-    def perfect(noised, sigma):
+    def perfect(noised, sigma, share):
         return velocity_from_clean(noised, clean, sigma)
 
     found = solve(perfect, noise, steps=steps, solver=solver)
@@ -78,7 +78,7 @@ def test_solver_recovers_the_clip_from_a_perfect_denoiser(clean_and_noise, solve
 def test_solver_starts_at_pure_noise_and_goes_down(clean_and_noise, solver):
     clean, noise = clean_and_noise
     seen = []
-    solve(lambda z, s: z - clean, noise, steps=4, solver=solver, callback=lambda *call: seen.append(call))
+    solve(lambda z, s, share: z - clean, noise, steps=4, solver=solver, callback=lambda *call: seen.append(call))
     steps, levels, samples = zip(*seen, strict=True)
     assert steps == tuple(range(len(seen)))
     assert levels[0] == pytest.approx(1, abs=2e-3) and torch.equal(samples[0], noise)
@@ -90,7 +90,9 @@ def test_more_steps_come_closer_to_the_true_flow(clean_and_noise, solver):
     # dz/dsigma = z has the solution z(0) = z(1) / e
     _, noise = clean_and_noise
     errors = [
-        float((solve(lambda z, s: z, noise, steps=n, solver=solver, shift=1.0) - noise * torch.e**-1).abs().max())
+        float(
+            (solve(lambda z, s, share: z, noise, steps=n, solver=solver, shift=1.0) - noise * torch.e**-1).abs().max()
+        )
         for n in (4, 16)
     ]
     assert errors[1] < 0.5 * errors[0]
@@ -98,6 +100,6 @@ def test_more_steps_come_closer_to_the_true_flow(clean_and_noise, solver):
 
 def test_unknown_solver_and_bad_step_count_are_named(clean_and_noise):
     with pytest.raises(ValueError, match=r"unknown solver 'ddim'; choose one of euler, heun, unipc, dpmsolver\+\+"):
-        solve(lambda z, s: z, clean_and_noise[1], steps=2, solver="ddim")
+        solve(lambda z, s, share: z, clean_and_noise[1], steps=2, solver="ddim")
     with pytest.raises(ValueError, match="sampling steps must be positive, got 0"):
-        solve(lambda z, s: z, clean_and_noise[1], steps=0)
+        solve(lambda z, s, share: z, clean_and_noise[1], steps=0)

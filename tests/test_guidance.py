@@ -1,10 +1,11 @@
 import pytest
 import torch
 
-from physnb.config import Guidance, Perturbation, head_set
+from physnb.config import Guidance, LayerSkip, OtherModel, Perturbation, head_set
 from physnb.flow import velocity_from_clean
-from physnb.guidance import combine_predictions, guided_velocity
-from physnb.hooks import perturb, strength_table
+from physnb.guidance import OFF as OFF_VALUES
+from physnb.guidance import combine_predictions, excess_weight, guided_velocity, project_update, rescale_deviation
+from physnb.hooks import perturb, skip_layers, strength_table
 
 OFF = Guidance()
 HEADS = Guidance.from_heads("L0H1,L1H2", 2.0, 0.5)
@@ -14,9 +15,9 @@ EVERYTHING = Guidance(
 )
 
 
-def velocity(model, inputs, guidance):
-    run = guided_velocity(model, inputs["start"], inputs["given"], inputs["caption_ids"], guidance)
-    return run(inputs["sample"], inputs["sigma"])
+def velocity(model, inputs, guidance, others=None, progress=0.0):
+    run = guided_velocity(model, inputs["start"], inputs["given"], inputs["caption_ids"], guidance, others)
+    return run(inputs["sample"], inputs["sigma"], progress)
 
 
 def clean(model, inputs, perturbation=None, caption=True):
@@ -86,12 +87,163 @@ def test_rows_with_different_guidance_equal_single_row_calls(model, inputs):
         torch.testing.assert_close(single[0], together[row], atol=1e-4, rtol=1e-4)
 
 
-def test_rows_that_ask_for_nothing_cost_nothing(model, inputs):
+def rows_seen(model, modules, run):
+    """How many rows each module sees in each call while `run` runs."""
     rows = []
-    handle = model.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
-    velocity(model, inputs, [OFF] * 4 + [HEADS, EVERYTHING])
-    handle.remove()
-    assert rows == [6 + 1 + 1 + 2]  # one batch: 6 plain rows, 1 without caption, 1 + 2 with broken heads
+    handles = [m.register_forward_pre_hook(lambda module, args: rows.append(len(args[0]))) for m in modules]
+    run()
+    for handle in handles:
+        handle.remove()
+    return rows
+
+
+def test_rows_that_ask_for_nothing_cost_nothing(model, inputs):
+    last = [model.blocks[-1]]
+    seen = rows_seen(model, last, lambda: velocity(model, inputs, [OFF] * 4 + [HEADS, EVERYTHING]))
+    assert seen == [6 + 1 + 1 + 2]  # one batch: 6 plain rows, 1 without caption, 1 + 2 with broken heads
+
+
+@pytest.mark.parametrize(
+    ("weak", "rows"),
+    [
+        (Perturbation("L0H0"), [12, 12]),  # parts before the first block
+        (Perturbation("L1H0,L1H2", 0.5), [6, 12]),
+        (LayerSkip((1,)), [6, 12]),
+        (LayerSkip((0, 1)), [12, 12]),
+    ],
+)
+def test_layers_before_the_first_broken_one_run_once(model, inputs, weak, rows):
+    guidance = [Guidance(weak=((1.0, weak),))] * 6
+    assert rows_seen(model, model.blocks, lambda: velocity(model, inputs, guidance)) == rows
+
+
+def skipped(model, inputs, layers):
+    """The prediction of a copy of the model that lacks some blocks."""
+    with torch.no_grad(), skip_layers(model, [LayerSkip(layers)] * 6):
+        return model(**inputs).sample
+
+
+def test_skipped_layers_pass_on_what_they_get(model, inputs):
+    seen = {}
+    hooks = [
+        block.register_forward_hook(lambda module, args, out, n=n: seen.update({n: (args[0], out)}))
+        for n, block in enumerate(model.blocks)
+    ]
+    with skip_layers(model, [None, LayerSkip((0,)), LayerSkip((1,)), None, None, LayerSkip((0, 1))]):
+        handle = model.blocks[1].register_forward_hook(lambda module, args, out: seen.update(last=(args[0], out)))
+        model(**inputs)
+    for hook in (*hooks, handle):
+        hook.remove()
+    first_in, second_in, second_out = seen[0][0], *seen["last"]
+    for row in range(6):
+        assert torch.equal(first_in[row], second_in[row]) == (row in (1, 5))
+        assert torch.equal(second_in[row], second_out[row]) == (row in (2, 5))
+    assert not torch.equal(skipped(model, inputs, (0,)), clean(model, inputs))
+    assert torch.equal(skipped(model, inputs, ()), clean(model, inputs))
+
+
+def test_every_kind_of_weak_model_adds_its_term(model, make_model, inputs):
+    other = make_model(seed=5)
+    guidance = Guidance(
+        weak=(
+            (0.5, LayerSkip((1,))),
+            (1.5, OtherModel("earlier")),
+            (-0.3, Perturbation("L1H1", 0.7, "mean_query")),
+            (0.4, Perturbation("L0H2", kind="blur", sigma=(1, 1, 0.5))),
+        )
+    )
+    c = clean(model, inputs)
+    expected = c + 0.5 * (c - skipped(model, inputs, (1,))) + 1.5 * (c - clean(other, inputs))
+    for weight, weak in guidance.weak[2:]:
+        with torch.no_grad(), perturb(model, strength_table(model, [weak]), weak.form):
+            expected = expected + weight * (c - model(**inputs).sample)
+    made = velocity(model, inputs, [guidance] * 6, {"earlier": other})
+    torch.testing.assert_close(made, as_velocity(inputs, expected), atol=1e-4, rtol=1e-4)
+    mixed = velocity(model, inputs, [guidance, OFF, HEADS, OFF, guidance, HEADS], {"earlier": other})
+    torch.testing.assert_close(mixed[[0, 4]], made[[0, 4]], atol=1e-4, rtol=1e-4)
+
+
+def test_guiding_model_that_was_not_passed_is_named(model, inputs):
+    with pytest.raises(ValueError, match="unknown guiding model 'earlier'"):
+        velocity(model, inputs, [Guidance(weak=((1.0, OtherModel("earlier")),))] * 6)
+
+
+def test_layer_that_the_model_lacks_is_named(model, inputs):
+    with pytest.raises(ValueError, match="layer 7 does not exist: the model has layers 0 to 1"):
+        velocity(model, inputs, [Guidance(weak=((1.0, LayerSkip((7,))),))] * 6)
+
+
+@pytest.mark.parametrize(("progress", "acts"), [(0.0, False), (0.25, True), (0.74, True), (0.75, False)])
+def test_guidance_acts_within_its_interval(model, inputs, progress, acts):
+    always = Guidance(text_weight=1.0, weak=HEADS.weak)
+    within = Guidance(text_weight=1.0, weak=HEADS.weak, start=0.25, stop=0.75, rescale=0.5)
+    found = velocity(model, inputs, [within] + [always] * 5, progress=progress)
+    whole = Guidance(text_weight=1.0, weak=HEADS.weak, rescale=0.5) if acts else OFF
+    expected = velocity(model, inputs, [whole] + [always] * 5, progress=progress)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(found[0], velocity(model, inputs, [OFF if acts else always] * 6)[0])
+
+
+def test_rescaled_prediction_has_the_deviation_of_the_conditional_one():
+    torch.manual_seed(0)
+    c, guided = torch.randn(3, 3, 4, 5, 5), 4 * torch.randn(3, 3, 4, 5, 5)
+    half = rescale_deviation(c, guided, torch.tensor([0.0, 0.5, 1.0]))
+    spread = [x.flatten(1).std(1) for x in (c, guided, half)]
+    torch.testing.assert_close(spread[2], torch.stack([spread[1][0], (spread[0] + spread[1])[1] / 2, spread[0][2]]))
+
+
+def test_projected_update_is_orthogonal_to_the_conditional_prediction():
+    torch.manual_seed(0)
+    c, guided = torch.randn(2, 3, 4, 5, 5), torch.randn(2, 3, 4, 5, 5)
+    projected = project_update(c, guided, torch.tensor([0.0, 1.0]))
+    assert float(((projected - c) * c)[0].sum()) == pytest.approx(0, abs=1e-4)
+    torch.testing.assert_close(projected[1], guided[1])
+    # the part across C is kept: what is left of the update is a multiple of C
+    part = (guided - projected)[0].flatten()
+    assert float(torch.cosine_similarity(part, c[0].flatten(), dim=0).abs()) == pytest.approx(1, abs=1e-5)
+
+
+PUBLISHED = {  # each formula as it is published, from the predictions of the model, the weak one, and the scale
+    "cfg": lambda c, u, w: u + w * (c - u),
+    "cfg-original": lambda c, u, w: c + w * (c - u),
+    "pag": lambda c, p, s: c + s * (c - p),
+    "pag-adm": lambda c, p, g: p + g * (c - p),
+    "headhunter": lambda c, p, w: (1 + w) * c - w * p,
+    "seg": lambda c, p, s: c + s * (c - p),
+    "stg": lambda c, p, s: c + s * (c - p),
+    "slg": lambda c, p, s: c + s * (c - p),
+    "autoguidance": lambda c, p, w: torch.lerp(p, c, w),
+    "ltx2-modality": lambda c, p, m: c + (m - 1) * (c - p),
+    "diffusers-guider-without-cfg": lambda c, p, s: p + s * (c - p),
+}
+
+
+@pytest.mark.parametrize("convention", OFF_VALUES)
+@pytest.mark.parametrize("scale", [0.0, 1.0, 2.8])
+def test_published_scale_becomes_an_excess_weight(convention, scale):
+    torch.manual_seed(0)
+    c, weak = torch.randn(2, 1, 1, 1, 4), torch.randn(2, 1, 1, 1, 4)
+    ours = combine_predictions(c, [weak], [torch.full((2,), excess_weight(scale, convention))])
+    torch.testing.assert_close(ours, PUBLISHED[convention](c, weak, scale))
+
+
+def test_unknown_convention_is_named():
+    with pytest.raises(ValueError, match="unknown guidance convention 'dynamic'; choose one of cfg"):
+        excess_weight(1.0, "dynamic")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(start=0.6, stop=0.4), "in this order"),
+        (dict(rescale=1.5), "rescale must be in"),
+        (dict(parallel=float("nan")), "finite"),
+        (dict(weak=((1.0, LayerSkip((0,))), (float("inf"), LayerSkip((1,))))), "finite"),
+    ],
+)
+def test_bad_settings_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Guidance(**settings)
 
 
 def test_head_that_the_model_lacks_is_named(model, inputs):

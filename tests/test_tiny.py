@@ -5,6 +5,9 @@ import torch
 
 from physnb.tiny import FAMILIES, GRID, TEXT, Draw, first_tensor, tiny_model
 
+# Mochi turns positions in an autocast region that does nothing on a CPU, and says so
+pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
+
 LATENTS = ("hidden_states", "sample", "vision_tokens")  # the argument that is denoised
 VIDEO_ATTENTION = re.compile(
     r"((single_|temporal_|visual_)?transformer_blocks|blocks|vace_blocks|layers)\.\d+\.(attn1?|self_attention|self_attn)"
@@ -100,7 +103,9 @@ def test_saved_models_come_back(name, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path).eval()
     inputs = FAMILIES[name].inputs()
-    assert torch.equal(predict(loaded, inputs), predict(model, inputs))
+    # equal weights in other places of memory: sums may round another way
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict(), atol=0, rtol=0)
+    torch.testing.assert_close(predict(loaded, inputs), predict(model, inputs), atol=1e-5, rtol=1e-5)
 
 
 def test_latents_have_the_axes_that_are_asked_for():

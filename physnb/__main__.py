@@ -97,10 +97,9 @@ def command_generate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def command_heads(args: argparse.Namespace) -> dict[str, Any]:
-    from physnb.checkpoint import load_model
-    from physnb.families import heads_of
+    from physnb.pretrained import head_report, load_transformer
 
-    return dict(heads=[str(head) for head in heads_of(load_model(args.model))])
+    return head_report(load_transformer(args.model))
 
 
 def command_hunt(args: argparse.Namespace) -> dict[str, Any]:
@@ -213,8 +212,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_sampling(sub)
     sub.add_argument("--mode", choices=("clean", "compat"), default="clean", help="ours, or phyworld's definitions")
 
-    sub = command("heads", command_heads, "list the attention heads of a model")
-    sub.add_argument("--model", default=str(REFERENCE_MODEL))
+    sub = command("heads", command_heads, "list the attention heads of any video transformer")
+    sub.add_argument("model", nargs="?", default=str(REFERENCE_MODEL), help="folder, hub id or tiny:FAMILY")
 
     sub = command("hunt", command_hunt, "rank every head, then confirm the best with controls on other cases")
     sub.add_argument("--model", default=str(REFERENCE_MODEL))

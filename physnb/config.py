@@ -299,7 +299,7 @@ PRESETS: dict[str, Preset] = {
         dict(steps=2400, batch=8, scenario_weights=(1.0, 1.0, 1.0)),
         dict(selection_cases=24, confirmation_cases=64),
     ),
-    # 80 minutes on 2 cores: the committed reference model
+    # an hour and a half on 2 cores: the committed reference model
     "full": _preset(
         dict(frames=16, size=32, patch=(2, 8, 8), width=128, depth=6, heads=8),
         dict(steps=12_000, batch=16),

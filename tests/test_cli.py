@@ -109,7 +109,7 @@ def test_every_command_has_help_and_json(capsys, command):
         ("bench sim --rounds 0", ["--rounds", "'0'", "positive"]),
         ("bench fly", ["'fly'", "sim", "train"]),
         ("eval trajectory --scenario uniform --model nowhere", ["nowhere", "does not exist", "physnb train"]),
-        ("heads --model nowhere", ["nowhere", "does not exist"]),
+        ("heads nowhere", ["nowhere", "does not exist"]),
         ("hunt --out new --model nowhere", ["nowhere", "does not exist"]),
         ("generate --scenario uniform --out clip.gif", ["clip.gif", ".mp4"]),
         ("run 77", ["'77'", "01_train"]),
@@ -172,9 +172,9 @@ def test_truncated_checkpoint_is_named(capsys, tmp_path, model_folder):
 def test_foreign_checkpoint_is_named(capsys, tmp_path, model_folder):
     copy = shutil.copytree(model_folder, tmp_path / "copy")
     write_json(copy / CONFIG, {"_class_name": "AutoencoderKL", "in_channels": 3})
-    fails(capsys, tmp_path, ["heads", "--model", copy], f"copy/{CONFIG}", "AutoencoderKL", "another checkpoint")
+    fails(capsys, tmp_path, ["heads", copy], f"copy/{CONFIG}", "AutoencoderKL", "another checkpoint")
     (tmp_path / "empty").mkdir()
-    fails(capsys, tmp_path, ["heads", "--model", tmp_path / "empty"], f"empty/{CONFIG}", "does not exist")
+    fails(capsys, tmp_path, ["heads", tmp_path / "empty"], f"empty/{CONFIG}", "does not exist")
 
 
 def training(out, *more):
@@ -286,7 +286,7 @@ def test_guidance_options_reach_the_model(capsys, model_folder):
 
 
 def test_heads_are_listed(capsys, model_folder, model):
-    assert succeeds(capsys, "heads", "--model", model_folder)["heads"] == [str(head) for head in heads_of(model)]
+    assert succeeds(capsys, "heads", model_folder)["heads"] == [str(head) for head in heads_of(model)]
 
 
 def test_train_writes_model_log_and_table(capsys, tmp_path):
@@ -325,8 +325,9 @@ def test_hunt_ranks_confirms_and_resumes(capsys, tmp_path, model_folder):
 
 
 def test_plain_output_has_a_line_a_value(capsys, model_folder):
-    assert main(["heads", "--model", str(model_folder)]) == 0
-    assert capsys.readouterr().out.startswith("heads: L0H0, L0H1")
+    assert main(["heads", str(model_folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "model: VideoDiT" and any(line.startswith("heads: L0H0, L0H1") for line in lines)
 
 
 # --- notebooks

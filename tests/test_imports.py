@@ -22,6 +22,7 @@ ALLOWED = {  # data and metrics are one module each; `__init__` is what `import 
     "families": "attention config",
     "hooks": "attention config families",
     "tiny": "config model",
+    "pretrained": "checkpoint config families hooks store tiny",
     "plots": "config store",
     "data": "config",
     "model": "config",
@@ -40,7 +41,8 @@ ALLOWED = {  # data and metrics are one module each; `__init__` is what `import 
     "tables": "",
     "runs": "config results store tables",
     "bench": "config data memory model train",
-    "__main__": "bench checkpoint config data evaluate families generate plots runs search store tables train",
+    "__main__": "bench checkpoint config data evaluate families generate plots pretrained runs search store tables "
+    "train",
 }
 ONLY_IN = {"matplotlib": {"plots", "widgets"}, "ipywidgets": {"widgets"}, "papermill": {"runs"}}
 

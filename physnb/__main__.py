@@ -153,8 +153,9 @@ def command_report(args: argparse.Namespace) -> dict[str, Any]:
 
 def command_bench(args: argparse.Namespace) -> dict[str, Any]:
     from physnb.bench import bench_simulator, bench_training
+    from physnb.bench_heads import bench_heads
 
-    return bench_simulator(rounds=args.rounds) if args.which == "sim" else bench_training(rounds=args.rounds)
+    return dict(sim=bench_simulator, train=bench_training, heads=bench_heads)[args.which](rounds=args.rounds)
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -228,8 +229,8 @@ def build_parser() -> argparse.ArgumentParser:
     for name in ("--weight", "--strength"):
         sub.add_argument(name, type=float, help="instead of the preset's")
 
-    sub = command("bench", command_bench, "time the simulator or a training step against the usual way")
-    sub.add_argument("which", choices=("sim", "train"))
+    sub = command("bench", command_bench, "time the simulator, a training step or a guided step against the usual way")
+    sub.add_argument("which", choices=("sim", "train", "heads"))
     sub.add_argument("--rounds", type=count, default=7, help="turns of each side (default: %(default)s)")
 
     sub = command("report", command_report, "write report.html of a run folder anew")

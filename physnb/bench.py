@@ -24,14 +24,16 @@ from physnb.train import batch_loss, make_batch
 PUBLISHED_SIZE, PUBLISHED_FRAMES = 256, 32
 
 
-def _seconds(work: Callable[[], Any], repeats: int = 1) -> float:
+def seconds_of(work: Callable[[], Any], repeats: int = 1) -> float:
+    """Seconds that one call of `work` takes, the mean of `repeats`."""
     start = time.perf_counter()
     for _ in range(repeats):
         work()
     return (time.perf_counter() - start) / repeats
 
 
-def _spread(values: list[float]) -> dict[str, float]:
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, smallest and largest of several runs."""
     return dict(median=float(np.median(values)), low=float(min(values)), high=float(max(values)), runs=len(values))
 
 
@@ -65,17 +67,17 @@ def bench_simulator(clips: int = 16, rounds: int = 5, scenario: str = "collision
     ours, ours_small, published = [], [], []
     for turn in range(rounds + 1):
         indices = range(turn * clips, (turn + 1) * clips)
-        ours.append(clips / _seconds(lambda i=indices: simulate(scenario, "id", i, **full)))
-        ours_small.append(clips / _seconds(lambda i=indices: simulate(scenario, "id", i, **small)))
-        published.append(2 / _seconds(lambda: [draw_as_published(state, clip) for clip in range(2)]))
+        ours.append(clips / seconds_of(lambda i=indices: simulate(scenario, "id", i, **full)))
+        ours_small.append(clips / seconds_of(lambda i=indices: simulate(scenario, "id", i, **small)))
+        published.append(2 / seconds_of(lambda: [draw_as_published(state, clip) for clip in range(2)]))
     ours, ours_small, published = ours[1:], ours_small[1:], published[1:]  # the first turn warms up
     return dict(
         benchmark="sim",
-        clips_per_second=_spread(ours),
-        clips_per_second_at_training_size=_spread(ours_small),
-        published_clips_per_second=_spread(published),
-        ratio=_spread([a / b for a, b in zip(ours, published, strict=True)]),
-        ratio_at_training_size=_spread([a / b for a, b in zip(ours_small, published, strict=True)]),
+        clips_per_second=spread(ours),
+        clips_per_second_at_training_size=spread(ours_small),
+        published_clips_per_second=spread(published),
+        ratio=spread([a / b for a, b in zip(ours, published, strict=True)]),
+        ratio_at_training_size=spread([a / b for a, b in zip(ours_small, published, strict=True)]),
     )
 
 
@@ -155,7 +157,7 @@ def bench_training(preset_name: str = "quick", rounds: int = 7, steps: int = 3) 
     for turn in range(rounds + 1):
         for name in models:
             numbers = iter(range(turn * steps, (turn + 1) * steps))
-            rates[name].append(config.batch / _seconds(lambda n=name, i=numbers: step(n, next(i)), steps))
+            rates[name].append(config.batch / seconds_of(lambda n=name, i=numbers: step(n, next(i)), steps))
         matmul.append(measured_matmul_rate())
     ours, wan, matmul = rates["ours"][1:], rates["wan"][1:], matmul[1:]  # the first turn warms up
     flops = matmul_flops_per_sample(config.model)
@@ -163,9 +165,9 @@ def bench_training(preset_name: str = "quick", rounds: int = 7, steps: int = 3) 
         benchmark="train",
         preset=preset_name,
         baseline="diffusers WanTransformer3DModel",
-        samples_per_second=_spread(ours),
-        baseline_samples_per_second=_spread(wan),
-        ratio=_spread([a / b for a, b in zip(ours, wan, strict=True)]),
-        matmul_gflops=_spread([rate / 1e9 for rate in matmul]),
-        matmul_fraction=_spread([r * flops / m for r, m in zip(ours, matmul, strict=True)]),
+        samples_per_second=spread(ours),
+        baseline_samples_per_second=spread(wan),
+        ratio=spread([a / b for a, b in zip(ours, wan, strict=True)]),
+        matmul_gflops=spread([rate / 1e9 for rate in matmul]),
+        matmul_fraction=spread([r * flops / m for r, m in zip(ours, matmul, strict=True)]),
     )

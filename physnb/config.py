@@ -94,7 +94,10 @@ class Perturbation:
         choose("perturbation axis", self.axis, AXES)
         choose("perturbation scope", self.scope, SCOPES)
         require(0 <= self.strength <= 1, f"perturbation strength u must be in [0, 1], got {self.strength}")
-        require(len(self.sigma) == 3 and min(self.sigma) >= 0, f"sigma must be three widths >= 0, got {self.sigma}")
+        require(
+            len(self.sigma) == 3 and all(s >= 0 for s in self.sigma),
+            f"sigma must be three widths >= 0, got {self.sigma}",
+        )
         require(self.temperature > 0, f"temperature must be positive, got {self.temperature}")
         require(
             self.axis == "all" or self.kind not in ("temperature", "zero"),

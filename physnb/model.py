@@ -59,7 +59,7 @@ def sine_places(grid: tuple[int, int, int], width: int) -> Float[Tensor, "token 
 
 def rotate(x: Float[Tensor, "batch token channels"], table: Float[Tensor, "token pair 2"]) -> Tensor:
     """x with neighbouring channels turned as complex numbers, head by head: q . k then sees relative positions only."""
-    turns = torch.view_as_complex(table).repeat(1, x.shape[-1] // 2 // table.shape[1])  # the same for every head
+    turns = torch.view_as_complex(table.float()).repeat(1, x.shape[-1] // 2 // table.shape[1])  # the same for every head
     turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * turns
     return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 
@@ -188,7 +188,7 @@ class VideoDiT(ModelMixin, ConfigMixin):
         """Noise level and caption in one vector; a caption is the mean of its words."""
         frequency = torch.exp(torch.linspace(0, math.log(LEVEL_FREQUENCY), LEVEL_FEATURES // 2, device=sigma.device))
         angle = sigma[:, None] * frequency
-        level = self.level(torch.cat([angle.cos(), angle.sin()], dim=1))
+        level = self.level(torch.cat([angle.cos(), angle.sin()], dim=1).to(self.places.dtype))
         is_word = (caption_ids > 0).to(level.dtype)
         is_word[:, 0] += (is_word.sum(1) == 0).to(level.dtype)  # an empty caption is one word number 0
         words = (self.words(caption_ids) * is_word[..., None]).sum(1) / is_word.sum(1, keepdim=True)

@@ -59,6 +59,7 @@ def test_every_head_changes_the_output_and_only_its_own(family):
 
 def capture_head_outputs(model, seen):
     """A context that collects the outputs [row, head, token, channel] of each layer's calls, after what is broken."""
+
     def keep(number):
         def look(call, output):
             seen.setdefault(number, []).append(output)
@@ -160,9 +161,7 @@ def test_maps_are_distributions(family):
 
 
 def test_linear_attention_is_refused_by_name():
-    with pytest.raises(
-        ValueError, match="SanaVideoTransformer3DModel cannot be perturbed: its self-att"
-    ):
+    with pytest.raises(ValueError, match="SanaVideoTransformer3DModel cannot be perturbed: its self-att"):
         heads_of(tiny_model("sana-video"))
 
 

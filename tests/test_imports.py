@@ -21,6 +21,8 @@ ALLOWED = {  # data and metrics are one module each; `__init__` is what `import 
     "attention": "config",
     "families": "attention config",
     "hooks": "attention config families",
+    "guider": "config families hooks",
+    "guide": "config families guider hooks",
     "tiny": "config model",
     "pretrained": "checkpoint config families hooks store tiny",
     "plots": "config store",
@@ -41,8 +43,9 @@ ALLOWED = {  # data and metrics are one module each; `__init__` is what `import 
     "tables": "",
     "runs": "config results store tables",
     "bench": "config data memory model train",
-    "__main__": "bench checkpoint config data evaluate families generate plots pretrained runs search store tables "
-    "train",
+    "bench_heads": "bench config flow guidance hooks memory model",
+    "__main__": "bench bench_heads checkpoint config data evaluate families generate plots pretrained runs search "
+    "store tables train",
 }
 ONLY_IN = {"matplotlib": {"plots", "widgets"}, "ipywidgets": {"widgets"}, "papermill": {"runs"}}
 

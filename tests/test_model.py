@@ -118,3 +118,13 @@ def test_rows_of_a_batch_do_not_see_each_other(model, inputs):
 def test_sizes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"patch \(2, 8, 8\) must divide frames 9"):
         VideoDiT(frames=9)
+
+
+def test_model_runs_in_bfloat16(make_model, inputs):
+    model = make_model()
+    with torch.no_grad():
+        exact = model(**inputs).sample
+        half = {k: v if k == "caption_ids" else v.bfloat16() for k, v in inputs.items()}
+        rough = model.bfloat16()(**half).sample
+    assert rough.dtype == torch.bfloat16
+    assert (rough.float() - exact).abs().mean() < 0.05 * exact.abs().mean()

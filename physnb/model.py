@@ -59,7 +59,8 @@ def sine_places(grid: tuple[int, int, int], width: int) -> Float[Tensor, "token 
 
 def rotate(x: Float[Tensor, "batch token channels"], table: Float[Tensor, "token pair 2"]) -> Tensor:
     """x with neighbouring channels turned as complex numbers, head by head: q . k then sees relative positions only."""
-    turns = torch.view_as_complex(table.float()).repeat(1, x.shape[-1] // 2 // table.shape[1])  # the same for every head
+    turns = torch.view_as_complex(table.float())
+    turns = turns.repeat(1, x.shape[-1] // 2 // table.shape[1])  # the same for every head
     turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * turns
     return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 

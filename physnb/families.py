@@ -125,14 +125,13 @@ def family_of(model: nn.Module) -> Family | None:
 def attention_layers(model: nn.Module) -> tuple[AttentionLayer, ...]:
     """Every video self-attention of a model, in the order in which they run.
 
-    A model of no known family has none, unless `physnb.probe.register_by_probe` found them.
     Raises ValueError for a model that cannot be perturbed or is not known.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile wraps the model
     family = family_of(model)
     require(
         family is not None,
-        f"{type(model).__name__} is not a known video transformer; find its heads with physnb.probe.register_by_probe",
+        f"{type(model).__name__} is not a known video transformer; add its Family to physnb.families.FAMILIES",
     )
     lists = []
     for name, path in family.blocks:

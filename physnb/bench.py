@@ -106,18 +106,23 @@ class WanBaseline(nn.Module):
         return self.wan(torch.cat([sample, start * mask, mask_channel], 1), 1000 * sigma, self.words(caption_ids))
 
 
+def operations(config: ModelConfig) -> tuple[float, float, float]:
+    """Multiply-adds of one clip in its embedding, in one block, and in the output layer; matrix products alone."""
+    patch_t, patch_h, patch_w = config.patch
+    tokens = config.frames // patch_t * (config.size // patch_h) * (config.size // patch_w)
+    patch = patch_t * patch_h * patch_w
+    embed = tokens * config.width * patch * (2 * config.channels + 1)
+    block = tokens * config.width * (config.width * (4 + 2 * config.mlp_ratio) + 2 * tokens)
+    return embed, block, tokens * config.width * patch * config.channels
+
+
 def matmul_flops_per_sample(config: ModelConfig) -> float:
     """Multiply-adds counted as two, of all matrix products of one training sample: forward, and twice that backward.
 
     Leaves out norms, activations, the optimiser and the simulator: time spent there lowers the fraction.
     """
-    patch_t, patch_h, patch_w = config.patch
-    tokens = config.frames // patch_t * (config.size // patch_h) * (config.size // patch_w)
-    patch = patch_t * patch_h * patch_w
-    weights = config.depth * config.width**2 * (4 + 2 * config.mlp_ratio)
-    weights += config.width * patch * (3 * config.channels + 1)
-    attention = config.depth * 2 * tokens * config.width
-    return 3 * 2 * tokens * (weights + attention)
+    embed, block, head = operations(config)
+    return 3 * 2 * (embed + config.depth * block + head)
 
 
 def measured_matmul_rate(size: int = 1024, seconds: float = 0.4) -> float:

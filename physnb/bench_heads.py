@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from physnb.bench import seconds_of, spread
+from physnb.bench import operations, seconds_of, spread
 from physnb.config import Guidance, HeadId, ModelConfig, Perturbation, require
 from physnb.flow import velocity_from_clean
 from physnb.guidance import combine_predictions, guided_velocity
@@ -87,18 +88,9 @@ class PeakMemory(TorchDispatchMode):
         self.live -= size
 
 
-def layer_operations(config: ModelConfig) -> tuple[float, float, float]:
-    """Multiply-adds of one clip in its embedding, in one block, and in the output layer; matrix products alone."""
-    tokens = int(np.prod([config.frames, config.size, config.size])) // int(np.prod(config.patch))
-    patch = int(np.prod(config.patch))
-    embed = tokens * config.width * patch * (2 * config.channels + 1)
-    block = tokens * config.width * (config.width * (4 + 2 * config.mlp_ratio) + 2 * tokens)
-    return embed, block, tokens * config.width * patch * config.channels
-
-
 def predicted_ratio(config: ModelConfig, first: int) -> float:
     """Operations of two separate passes over those of one that forks before block `first`."""
-    embed, block, head = layer_operations(config)
+    embed, block, head = operations(config)
     ours = embed + first * block + 2 * ((config.depth - first) * block + head)
     return 2 * (embed + config.depth * block + head) / ours
 
@@ -131,7 +123,7 @@ def bench_heads(
     device, dtype = torch.device("cuda" if on_gpu else "cpu"), torch.bfloat16 if on_gpu else torch.float32
     config = config or (DIT_B if on_gpu else SMALL)
     torch.manual_seed(0)
-    shape = {name: getattr(config, name) for name in ("frames", "size", "patch", "width", "depth", "heads")}
+    shape = asdict(config)
     model = VideoDiT(**shape).to(device, dtype).eval()
     rows = []
     for batch in batches:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from physnb.config import Guidance, LayerSkip, OtherModel, Perturbation, Weak, choose
 from physnb.flow import ClipTensor, Levels, velocity_from_clean
-from physnb.hooks import first_layer, perturb_rows, skip_layers
+from physnb.hooks import first_layer, perturb, skip_layers, strength_tables
 from physnb.model import Fork, VideoDiT
 
 Denoiser = Callable[[ClipTensor, Levels, float], ClipTensor]
@@ -141,7 +141,9 @@ class Plan:
         # rows of the batch before the fork: C, then U; after it: the same, then every P, which was its C till then
         self.before = torch.tensor([*range(batch), *(term.rows[i] for term, i in without_caption)])
         self.captions = torch.tensor([True] * batch + [False] * len(without_caption))
-        self.weak = [None] * len(self.before) + [term.weak[i] for term, i in broken]
+        weak = [None] * len(self.before) + [term.weak[i] for term, i in broken]
+        self.strengths = strength_tables(model, [w if isinstance(w, Perturbation) else None for w in weak])
+        self.skips = [w if isinstance(w, LayerSkip) else None for w in weak]
         self.fork = None
         if broken:
             layer = min(first_layer(model, term.weak[i]) for term, i in broken)
@@ -154,11 +156,10 @@ class Plan:
         before = {name: value[rows] for name, value in inputs.items()}
         before["caption_ids"] = before["caption_ids"] * self.captions.to(rows.device)[:, None]
         with ExitStack() as stack:
-            if self.fork is not None:
-                heads = [weak if isinstance(weak, Perturbation) else None for weak in self.weak]
-                skips = [weak if isinstance(weak, LayerSkip) else None for weak in self.weak]
-                stack.enter_context(perturb_rows(self.model, heads))
-                stack.enter_context(skip_layers(self.model, skips))
+            for form, strength in self.strengths.items():
+                stack.enter_context(perturb(self.model, strength, form))
+            if any(self.skips):
+                stack.enter_context(skip_layers(self.model, self.skips))
             clean = self.model(**before, fork=self.fork).sample
         conditional, rest = clean[: self.batch], clean[self.batch :]
         predictions = {id(term): conditional.clone() for term in self.terms}

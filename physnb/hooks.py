@@ -66,6 +66,15 @@ def strength_table(model: nn.Module, rows: Sequence[Perturbation | None]) -> Str
     return table
 
 
+def strength_tables(model: nn.Module, rows: Sequence[Perturbation | None]) -> dict[Perturbation, Strength]:
+    """The `strength_table` of the rows of each form, by form: what `perturb` takes."""
+    forms = dict.fromkeys(row.form for row in rows if row is not None)
+    return {
+        form: strength_table(model, [row if row is not None and row.form == form else None for row in rows])
+        for form in forms
+    }
+
+
 @contextmanager
 def perturb(model: nn.Module, strength: Strength, form: Perturbation = IDENTITY) -> Iterator[None]:
     """Inside the block, row b of every batch sees lerp(O, O', strength[b, layer, head]) for each head's output O.
@@ -96,11 +105,9 @@ def perturb_rows(model: nn.Module, rows: Sequence[Perturbation | None] | Perturb
     Rows may differ in heads, strength and form. Raises what `perturb` does.
     """
     rows = [rows] if isinstance(rows, Perturbation) else list(rows)
-    forms = dict.fromkeys(row.form for row in rows if row is not None)
     with ExitStack() as stack:
-        for form in forms:
-            mine = [row if row is not None and row.form == form else None for row in rows]
-            stack.enter_context(perturb(model, strength_table(model, mine), form))
+        for form, strength in strength_tables(model, rows).items():
+            stack.enter_context(perturb(model, strength, form))
         yield
 
 

@@ -29,12 +29,13 @@ def load_transformer(source: str | Path) -> nn.Module:
     if source.startswith(TINY):
         return tiny_model(source.removeprefix(TINY))
     folder = Path(source)
+    is_model = folder.is_dir() and not (folder / "model_index.json").exists()  # rather than a pipeline or a hub id
     if not folder.is_dir():
         require(
             re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None and not folder.exists(),
             f"model {source} does not exist; name a folder, a hub id (owner/name) or {TINY}FAMILY",
         )
-    elif not (folder / "model_index.json").exists():
+    elif is_model:
         config = read_json(folder / CONFIG)
         kind = config.get("_class_name") if isinstance(config, dict) else None
         if kind == "VideoDiT":
@@ -43,7 +44,6 @@ def load_transformer(source: str | Path) -> nn.Module:
             kind in FAMILIES or kind in REFUSED,
             f"{folder / CONFIG} describes a {kind}, which is no known video transformer; choose another checkpoint",
         )
-    is_model = folder.is_dir() and not (folder / "model_index.json").exists()
     try:
         model = AutoModel.from_pretrained(source, subfolder=None if is_model else "transformer", use_safetensors=True)
     except (OSError, ValueError, AttributeError, KeyError) as error:
@@ -61,7 +61,7 @@ def head_report(model: nn.Module) -> dict[str, Any]:
     except ValueError as error:
         return report | dict(supported=False, reason=str(error), layers=[], heads=[])
     family = family_of(model)
-    tokens = OTHERS.get(family.others, "video among others") if isinstance(family.others, str) else "video among others"
+    tokens = OTHERS.get(family.others, "video among others")
     axes = dict(thw="time x height x width", hw="height x width", t="time")
     rows = [dict(path=layer.path, heads=layer.heads, tokens=tokens, grid=axes[layer.axes]) for layer in layers]
     names = [str(HeadId(number, head)) for number, layer in enumerate(layers) for head in range(layer.heads)]

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from physnb.bench_heads import PeakMemory, bench_heads, guided_steps, layer_operations, predicted_ratio
+from physnb.bench import operations
+from physnb.bench_heads import PeakMemory, bench_heads, guided_steps, predicted_ratio
 from physnb.config import ModelConfig, Perturbation
 
 TINY = ModelConfig(frames=8, size=16, width=32, depth=3, heads=4)
@@ -26,7 +27,7 @@ def test_predicted_ratio_grows_with_the_first_layer():
     ratios = [predicted_ratio(TINY, first) for first in range(3)]
     assert 1 < ratios[0] < ratios[1] < ratios[2] < 2
     # with nothing but blocks: two passes of 3 against 3 + 3 - first
-    embed, block, head = layer_operations(TINY)
+    embed, block, head = operations(TINY)
     assert ratios[2] == pytest.approx(2 * (embed + 3 * block + head) / (embed + 4 * block + 2 * head))
 
 

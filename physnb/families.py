@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from physnb.attention import TokenLayout
 from physnb.config import HeadId, HeadSet, require
@@ -32,6 +32,7 @@ class Family:
     rows: what the attention's batch dimension holds: "clips"; "folded", the frames or places of each clip as rows of
     their own; or "calls", one attention call a clip.
     interleaved: whether the block lists run in turns, one block each.
+    patch: latent frames, rows and columns of one token; None where the model's config tells.
     """
 
     blocks: tuple[tuple[str, str], ...]
@@ -39,6 +40,7 @@ class Family:
     others: str | Callable[[Inputs], int] = "none"
     rows: str = "clips"
     interleaved: bool = False
+    patch: tuple[int, int, int] | None = None
 
 
 def _framepack_history(inputs: Inputs) -> int:
@@ -131,7 +133,8 @@ def attention_layers(model: nn.Module) -> tuple[AttentionLayer, ...]:
     family = family_of(model)
     require(
         family is not None,
-        f"{type(model).__name__} is not a known video transformer; add its Family to physnb.families.FAMILIES",
+        f"{type(model).__name__} is not a known video transformer; call physnb.probe.learn_family(model, inputs), or "
+        "add its Family to physnb.families.FAMILIES",
     )
     lists = []
     for name, path in family.blocks:
@@ -181,6 +184,13 @@ def forward_inputs(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> 
     return inspect.signature(model.forward).bind(*args, **kwargs).arguments
 
 
+def video_of(output: Any) -> Tensor:
+    """The video prediction in what a transformer returned: a tuple's first element, `sample`, or all of it."""
+    if isinstance(output, Tensor):
+        return output
+    return output[0] if isinstance(output, tuple) else output.sample
+
+
 def token_grid(model: nn.Module, inputs: Inputs) -> tuple[int, int, int]:
     """Video tokens along time, height and width for these inputs; raises ValueError where they do not tell."""
     family = family_of(model)
@@ -210,7 +220,7 @@ def token_grid(model: nn.Module, inputs: Inputs) -> tuple[int, int, int]:
 
 def patch_size(model: nn.Module) -> tuple[int, int, int]:
     """Latent frames, rows and columns of one token."""
-    patch = model.config.patch_size
+    patch = family_of(model).patch or model.config.patch_size
     if isinstance(patch, int):
         return getattr(model.config, "patch_size_t", None) or 1, patch, patch
     return tuple(patch)

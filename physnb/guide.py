@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from physnb.config import Perturbation, require
-from physnb.families import check_heads
+from physnb.families import check_heads, video_of
 from physnb.guider import broken_heads, steps_between, weak_shift
 from physnb.hooks import check_model
 
@@ -239,13 +239,6 @@ def hides_rows(values: list[Any], rows: int) -> bool:
     """Whether a list, tuple or dict among `values` holds a tensor of so many rows, however deep."""
     inner = tree_leaves([value for value in values if not isinstance(value, Tensor)])
     return any(isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == rows for leaf in inner)
-
-
-def video_of(output: Any) -> Tensor:
-    """The video prediction in what a transformer returned: a tuple's first element, `sample`, or all of it."""
-    if isinstance(output, Tensor):
-        return output
-    return output[0] if isinstance(output, tuple) else output.sample
 
 
 def with_video(output: Any, video: Tensor) -> Any:

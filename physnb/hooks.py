@@ -299,6 +299,10 @@ def rebound(processor: Any, site: Site, function: Replace) -> Any:
     def replaced(query: Tensor, key: Tensor, value: Tensor, output: Tensor, mask, causal: bool, scale) -> Tensor:
         if family.latent == "cosmos3" and causal:
             return output  # the text's own attention
+        require(
+            query.shape[1] == site.layer.heads,
+            f"{site.layer.path} runs {query.shape[1]} heads in place of its {site.layer.heads}; load the model unsplit",
+        )
         layout = token_layout(site.model, site.layer, site.inputs, query.shape[2]) if site.needs_layout else None
         clip = site.calls if family.rows == "calls" else None
         if clip is not None:

@@ -23,6 +23,7 @@ ALLOWED = {  # data and metrics are one module each; `__init__` is what `import 
     "hooks": "attention config families",
     "guider": "config families hooks",
     "guide": "config families guider hooks",
+    "probe": "attention config families hooks",
     "tiny": "config model",
     "pretrained": "checkpoint config families hooks store tiny",
     "plots": "config store",

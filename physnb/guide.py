@@ -29,7 +29,8 @@ from torch.utils._pytree import tree_leaves
 from physnb.config import Perturbation, require
 from physnb.families import check_heads, video_of
 from physnb.guider import broken_heads, steps_between, weak_shift
-from physnb.hooks import check_model
+from physnb.hooks import check_model, first_layer
+from physnb.replay import SharedBlocks
 
 # Read in the source of every pipeline: all that batch their predictions put the unconditional rows first, all that make
 # separate calls begin a step with the conditional one.
@@ -88,7 +89,9 @@ def guide(
     with ExitStack() as stack:
         if weight != 0 and broken.strength != 0:
             stack.enter_context(watched(pipe.scheduler, guided.progress))
+            stack.callback(guided.recording.close)
             for model in models:
+                stack.callback(model.register_forward_pre_hook(guided.before_forward).remove)
                 stack.callback(model.register_forward_hook(guided.after_forward, with_kwargs=True).remove)
         yield
 
@@ -181,26 +184,40 @@ class Guided:
     proven: bool = False  # whether breaking the heads was seen to change the prediction, in the present run
     inside: bool = False  # whether the present forward is the one with broken heads
     shift: Tensor | None = None  # weight (C - P) of the present step
+    first: bool = False  # whether the present forward is the first of its step: C, or U and C in one batch
+    shared: SharedBlocks | None = None  # what that forward leaves to the one of P
+    recording: ExitStack = field(default_factory=ExitStack)
+
+    @torch.compiler.disable
+    def before_forward(self, model: nn.Module, args: tuple) -> None:
+        """Begin a call of the pipeline; the first of a step that is guided is the one that makes C."""
+        if self.inside:
+            return
+        self.recording.close()  # of a forward that raised
+        self.first = self.progress.begin_call()
+        if self.first and self.progress.step in steps_between(self.start, self.stop, self.pipe.num_timesteps):
+            self.shared = SharedBlocks(model, first_layer(model, self.broken))
+            self.recording.enter_context(self.shared.recording())
 
     @torch.compiler.disable  # `model.compile()` would trace hooks along with the forward, and this one calls it again
     def after_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """What the model returns instead of `output`; None leaves it as it is."""
         if self.inside:
             return None
-        first = self.progress.begin_call()
+        self.recording.close()
         step = self.progress.step
         if step is None or step >= (steps := self.pipe.num_timesteps):
             name = type(self.pipe).__name__
             raise RuntimeError(f"the transformer of {name} was called outside a run of it, while guided")
-        if first and step == 0:  # later CogVideoX may have changed its guidance_scale
+        if self.first and step == 0:  # later CogVideoX may have changed its guidance_scale
             self.halves, self.proven = self.batched and does_text_guidance(self.pipe), False
         if step not in steps_between(self.start, self.stop, steps):
             return None
         video = video_of(output)
-        if first:
+        if self.first:
             rows = len(video) // 2 if self.halves else 0
             self.shift = weak_shift(video[rows:], self.weak(model, args, kwargs, rows), self.weight, self.broken)
-            self.proven = True
+            self.proven, self.shared = True, None
         shift = self.shift.repeat(len(video) // len(self.shift), *[1] * (video.ndim - 1))
         return with_video(output, (video.float() + shift).to(video.dtype))
 
@@ -213,11 +230,12 @@ class Guided:
         self.inside = True
         try:
             if skipped and (not self.proven or hides_rows([*args, *kwargs.values()], 2 * skipped)):
-                with broken_heads(model, [None] * skipped + [self.broken] * skipped):
+                rows = [None] * skipped + [self.broken] * skipped
+                with self.shared.replaying(), broken_heads(model, rows):
                     return video_of(model(*args, **kwargs))[skipped:]
             args = [later_rows(value, skipped) for value in args]
             kwargs = {name: later_rows(value, skipped) for name, value in kwargs.items()}
-            with broken_heads(model, self.broken):
+            with self.shared.replaying(later_half=skipped > 0), broken_heads(model, self.broken):
                 return video_of(model(*args, **kwargs))
         finally:
             self.inside = False

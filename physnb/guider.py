@@ -3,7 +3,8 @@
     pipe.update_components(guider=HeadGuidance(heads="L3H7,L5H1", weight=2.0, guidance_scale=5.0))
 
 A denoising step then makes up to three predictions, one forward each: C with the prompt, U with the negative prompt and
-P with the prompt and broken heads. `physnb.guide` does the same for pipelines that have no guider.
+P with the prompt and broken heads, which takes over from C the blocks before the first broken one. `physnb.guide` does
+the same for pipelines that have no guider.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from torch import Tensor, nn
 
 from physnb.config import Perturbation, require
 from physnb.families import check_heads
-from physnb.hooks import perturb_rows
+from physnb.hooks import first_layer, perturb_rows
+from physnb.replay import SharedBlocks
 
 SOURCES = {"pred_cond": 0, "pred_uncond": 1, "pred_weak": 0}  # each prediction's place in (prompt, negative prompt)
 
@@ -68,7 +70,8 @@ class HeadGuidance(BaseGuidance):
         require(0 <= guidance_rescale <= 1, f"guidance_rescale must be in [0, 1], got {guidance_rescale}")
         require(weight == 0 or len(self.perturbation.heads) > 0, f"weight {weight} has no heads to break; name some")
         self.weight, self.guidance_scale, self.guidance_rescale = weight, guidance_scale, guidance_rescale
-        self._broken = ExitStack()  # what undoes the perturbation of the pass that is running
+        self._broken = ExitStack()  # what undoes the hooks of the pass that is running
+        self._shared: SharedBlocks | None = None  # what the pass of C leaves to that of P
         # One spelling, whatever form they came in: a loaded config equals the saved one. The last entry lists what
         # `from_config` may forget; the decorator puts every positional argument there.
         heads, sigma = [str(head) for head in self.perturbation.heads], list(self.perturbation.sigma)
@@ -126,12 +129,18 @@ class HeadGuidance(BaseGuidance):
         return [prepare(SOURCES[name], name) for name in self._active_predictions()]
 
     def prepare_models(self, denoiser: nn.Module) -> None:
-        """Begin a pass: break the heads of `denoiser` if it is that of P."""
+        """Begin a pass: if it is that of P, break the heads of `denoiser` and replay what C computed before them."""
         super().prepare_models(denoiser)  # counts the passes
         self._broken.close()
         if self._breaks_heads:
             check_heads(denoiser, self.perturbation.heads)  # before the first forward, not when the weight sets in
-        if self._present_prediction() == "pred_weak":
+        present = self._present_prediction()
+        if present == "pred_cond" and "pred_weak" in self._active_predictions():
+            self._shared = SharedBlocks(denoiser, first_layer(denoiser, self.perturbation))
+            self._broken.enter_context(self._shared.recording())
+        if present == "pred_weak":
+            if self._shared is not None and self._shared.model is denoiser:
+                self._broken.enter_context(self._shared.replaying())
             self._broken.enter_context(broken_heads(denoiser, self.perturbation))
 
     def cleanup_models(self, denoiser: nn.Module) -> None:
@@ -143,7 +152,7 @@ class HeadGuidance(BaseGuidance):
     ) -> GuiderOutput:
         """The guided prediction, in the dtype of C; the sums are made in float32."""
         # The step ends here. One kept for longer would answer for the next run, which begins by reading num_conditions.
-        self._step, self._num_inference_steps, self._count_prepared = None, None, 0
+        self._step, self._num_inference_steps, self._count_prepared, self._shared = None, None, 0, None
         conditional = guided = pred_cond.float()
         if pred_uncond is not None:
             guided = guided + (self.guidance_scale - 1) * (conditional - pred_uncond.float())

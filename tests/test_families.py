@@ -214,8 +214,11 @@ def test_a_layer_that_does_not_run_is_an_error():
             predict(model, inputs)
 
 
-@pytest.mark.parametrize("slug", ["wan", "videodit"])
-@pytest.mark.parametrize("kind", ["identity", "uniform"])
+@pytest.mark.parametrize(
+    "slug, kind",
+    [("wan", "uniform"), ("videodit", "uniform")]
+    + [(slug, "identity") for slug in "wan videodit cogvideox ltx hunyuan latte mochi cosmos kandinsky5".split()],
+)
 def test_compiled_model_serves_every_head_set_with_one_graph(slug, kind):
     torch.compiler.reset()
     model, inputs, graphs = tiny_model(slug), FAMILIES[slug].inputs(), []

@@ -35,6 +35,7 @@ ALLOWED = {  # data and metrics are one module each; `__init__` is what `import 
     "checkpoint": "config memory model store",
     "guidance": "config flow hooks model",
     "generate": "config data flow guidance model",
+    "likelihood": "config data flow generate guidance hooks metrics model",
     "evaluate": "config data generate metrics model statistics store",
     "optimizer": "",
     "train": "config data flow memory model optimizer store",

@@ -12,7 +12,18 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from physnb.config import PRESETS, SCENARIOS, SOLVERS, SPLITS, Guidance, head_set, preset, require, to_json
+from physnb.config import (
+    PRESETS,
+    SCENARIOS,
+    SOLVERS,
+    SPLITS,
+    Guidance,
+    Perturbation,
+    head_set,
+    preset,
+    require,
+    to_json,
+)
 from physnb.tables import format_cell, text_table
 
 REFERENCE_MODEL = Path("outputs/reference/model")
@@ -68,6 +79,30 @@ def command_eval_trajectory(args: argparse.Namespace) -> dict[str, Any]:
     return evaluate_trajectory(
         model, args.scenario, args.split, cases=args.cases, frames_given=args.frames_given, seed=args.seed,
         steps=args.steps, solver=args.solver, guidance=guidance_of(args), mode=args.mode,
+    )  # fmt: skip
+
+
+def command_eval_plausibility(args: argparse.Namespace) -> dict[str, Any]:
+    from physnb.checkpoint import load_model
+    from physnb.evaluate import evaluate_plausibility
+
+    broken = Perturbation(head_set(args.broken)) if args.broken else None
+    model = load_model(args.model)
+    return evaluate_plausibility(
+        model, args.scenario, args.split, cases=args.cases, frames_given=args.frames_given, seed=args.seed,
+        guidance=guidance_of(args), perturbation=broken,
+    )  # fmt: skip
+
+
+def command_eval_frechet(args: argparse.Namespace) -> dict[str, Any]:
+    from physnb.checkpoint import load_model
+    from physnb.evaluate import evaluate_frechet
+
+    model = load_model(args.model)
+    return evaluate_frechet(
+        model, args.scenario, args.split, cases=args.cases, features=args.features, weights=args.weights,
+        frames_given=args.frames_given, seed=args.seed, steps=args.steps, solver=args.solver,
+        guidance=guidance_of(args),
     )  # fmt: skip
 
 
@@ -158,21 +193,25 @@ def command_bench(args: argparse.Namespace) -> dict[str, Any]:
     return dict(sim=bench_simulator, train=bench_training, heads=bench_heads)[args.which](rounds=args.rounds)
 
 
-def add_sampling(parser: argparse.ArgumentParser) -> None:
+def add_cases(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=str(REFERENCE_MODEL), help="model folder (default: %(default)s)")
     parser.add_argument("--scenario", choices=SCENARIOS, required=True)
     parser.add_argument(
         "--split", choices=SPLITS, default="id", help="in or out of distribution (default: %(default)s)"
     )
-    parser.add_argument("--cases", type=count, default=64, help="clips to generate (default: %(default)s)")
+    parser.add_argument("--cases", type=count, default=64, help="clips (default: %(default)s)")
     parser.add_argument("--frames-given", type=natural, default=3, help="start frames (default: %(default)s)")
     parser.add_argument("--seed", type=natural, default=0, help="of cases and noise (default: %(default)s)")
-    parser.add_argument("--steps", type=count, default=10, help="sampling steps (default: %(default)s)")
-    parser.add_argument("--solver", choices=SOLVERS, default="euler")
     parser.add_argument("--heads", default="", help="heads to break in the weak pass, for example L0H1,L3H7")
     parser.add_argument("--weight", type=float, default=2.0, help="guidance weight w of --heads, 0 is off")
     parser.add_argument("--strength", type=float, default=1.0, help="perturbation strength u in [0, 1]")
     parser.add_argument("--text-weight", type=float, default=0.0, help="guidance weight of the caption, 0 is off")
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    add_cases(parser)
+    parser.add_argument("--steps", type=count, default=10, help="sampling steps (default: %(default)s)")
+    parser.add_argument("--solver", choices=SOLVERS, default="euler")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -212,6 +251,15 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("trajectory", command_eval_trajectory, "trajectory errors of a model in one world", metrics)
     add_sampling(sub)
     sub.add_argument("--mode", choices=("clean", "compat"), default="clean", help="ours, or phyworld's definitions")
+
+    sub = command("plausibility", command_eval_plausibility, "whether a model prefers lawful clips to others", metrics)
+    add_cases(sub)
+    sub.add_argument("--broken", default="", help="judge the model with these heads broken, for example L0H1,L3H7")
+
+    sub = command("frechet", command_eval_frechet, "distances between sets of generated and true clips", metrics)
+    add_sampling(sub)
+    sub.add_argument("--features", choices=("trajectory", "efficientnet", "i3d"), default="trajectory")
+    sub.add_argument("--weights", help="file with the weights of I3D")
 
     sub = command("heads", command_heads, "list the attention heads of any video transformer")
     sub.add_argument("model", nargs="?", default=str(REFERENCE_MODEL), help="folder, hub id or tiny:FAMILY")

@@ -1,18 +1,24 @@
-"""Generate and measure: a model's trajectory table in one world, with the floor of the metric beside it."""
+"""Measure a model in one world: errors of what it generates, distances between sets, and what it holds plausible."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
-from physnb.config import SCENARIOS, Guidance, require
+from physnb.config import SCENARIOS, Guidance, Perturbation, choose, require
 from physnb.data import simulate
+from physnb.data.impossible import kinds_for, make_impossible
 from physnb.generate import generate
+from physnb.likelihood import four_futures, futures_accuracy, preference_error
 from physnb.metrics import metric_trajectory
+from physnb.metrics.features import I3D, EfficientNetLite0, Trajectory
+from physnb.metrics.frechet import metric_frechet, metric_kernel
 from physnb.model import VideoDiT
 from physnb.statistics import bootstrap_mean
 from physnb.store import written_whole
@@ -60,6 +66,64 @@ def evaluate_trajectory(
     if len(buckets) > 1:
         result["buckets"] = {b: table([i for i, name in enumerate(true.buckets) if name == b]) for b in buckets}
     return result
+
+
+def evaluate_plausibility(
+    model: VideoDiT,
+    scenario: str,
+    split: str,
+    *,
+    cases: int,
+    frames_given: int = 3,
+    seed: int = 0,
+    guidance: Guidance = Guidance(),
+    perturbation: Perturbation | None = None,
+) -> dict[str, Any]:
+    """Whether a model prefers lawful clips to law-breaking ones, as rows {score, mean, low, high, judged, cases}.
+
+    Nothing is generated. The scores are those of `preference_scores`, and `futures`: the lawful one of four. guidance
+    or perturbation judge the guided or the broken model instead.
+    """
+    require(cases > 0, f"cases must be positive, got {cases}")
+    true = simulate(scenario, split, range(cases), frames=model.config.frames, size=model.config.size, seed=seed)
+    variants = [make_impossible(true, kind, frames_given=frames_given, seed=seed) for kind in kinds_for(scenario)]
+    settings = dict(frames_given=frames_given, seed=seed, guidance=guidance, perturbation=perturbation)
+    found = preference_error(model, true, variants, **settings)
+    found["futures"] = futures_accuracy(model, four_futures(true, frames_given=frames_given, seed=seed), **settings)
+    rows = [dict(score=name) | scores.estimate().to_dict() for name, scores in found.items()]
+    return dict(scenario=scenario, split=split, cases=cases, frames_given=frames_given, seed=seed, scores=rows)
+
+
+def evaluate_frechet(
+    model: VideoDiT,
+    scenario: str,
+    split: str,
+    *,
+    cases: int,
+    features: str = "trajectory",
+    weights: str | None = None,
+    frames_given: int = 3,
+    seed: int = 0,
+    steps: int = 10,
+    solver: str = "euler",
+    guidance: Guidance = Guidance(),
+) -> dict[str, Any]:
+    """Frechet and kernel distance between generated clips and as many true ones of other cases, with their floors.
+
+    features: one of "trajectory", "efficientnet", "i3d", the last with the path of its weights.
+    Raises ValueError for fewer clips than the features need.
+    """
+    choose("features", features, ("trajectory", "efficientnet", "i3d"))
+    require(features != "i3d" or weights is not None, "I3D needs its weights; give --weights, a local file")
+    extractor = dict(trajectory=Trajectory, efficientnet=EfficientNetLite0, i3d=partial(I3D, weights))[features]()
+    shape = dict(frames=model.config.frames, size=model.config.size, seed=seed)
+    true = simulate(scenario, split, range(cases), **shape)
+    reference = simulate(scenario, split, range(cases, 3 * cases), **shape)
+    metric_kernel(true, reference, extractor, seed=seed)  # refuses bad settings before the work
+    made = generate(model, true, frames_given=frames_given, guidance=guidance, steps=steps, solver=solver, seed=seed)
+    metrics = [metric_kernel] if cases <= extractor.dimension else [metric_frechet, metric_kernel]
+    rows = [asdict(metric(made, reference, extractor, seed=seed)) for metric in metrics]
+    return dict(scenario=scenario, split=split, cases=cases, seed=seed, steps=steps, solver=solver, scores=rows)
 
 
 def result_table(model: VideoDiT, *, cases: int, seed: int, frames_given: int = 3) -> list[dict[str, Any]]:

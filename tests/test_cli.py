@@ -69,7 +69,7 @@ def test_process_helps_and_fails_with_one_line():
     assert bad.returncode == 1 and bad.stdout == "" and bad.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "eval trajectory"])
+@pytest.mark.parametrize("command", [*COMMANDS, "eval trajectory", "eval plausibility", "eval frechet"])
 def test_every_command_has_help_and_json(capsys, command):
     with pytest.raises(SystemExit) as stop:
         main([*command.split(), "--help"])
@@ -276,6 +276,25 @@ def test_eval_trajectory_prints_the_agreed_object(capsys, model_folder, split):
 def test_eval_in_phyworlds_mode(capsys, model_folder):
     result = succeeds(capsys, *evaluation(model_folder, "--mode", "compat"))
     assert result["mode"] == "compat" and result["velocity_error"]["mean"] > 0
+
+
+def test_eval_plausibility_judges_the_model_whole_or_broken(capsys, model_folder):
+    asked = ["eval", "plausibility", "--model", model_folder, "--scenario", "uniform", "--cases", "3"]
+    whole = {row["score"]: row for row in succeeds(capsys, *asked)["scores"]}
+    assert whole["preference_error"]["judged"] == whole["futures"]["cases"] == 3
+    assert {"preference_margin/matched", "preference_error/teleport"} <= set(whole)
+    broken = {row["score"]: row for row in succeeds(capsys, *asked, "--broken", "L0H1")["scores"]}
+    assert broken["preference_margin"]["mean"] != whole["preference_margin"]["mean"]
+
+
+def test_eval_frechet_gives_value_floor_and_count(capsys, model_folder, tmp_path):
+    asked = ["eval", "frechet", "--model", model_folder, "--scenario", "uniform", "--steps", "2"]
+    few, enough = (succeeds(capsys, *asked, "--cases", cases)["scores"] for cases in ("32", "33"))
+    assert [row["name"] for row in few] == ["kernel_trajectory"]  # full rank needs more clips than features
+    assert [row["name"] for row in enough] == ["frechet_trajectory", "kernel_trajectory"]
+    assert all(row["clips"] == 33 and row["floor"] < row["value"] for row in enough)  # a random model is far off
+    fails(capsys, tmp_path, [*asked, "--cases", "8"], "at least 32 clips, got 8")
+    fails(capsys, tmp_path, [*asked, "--features", "i3d"], "I3D needs its weights")
 
 
 def test_guidance_options_reach_the_model(capsys, model_folder):

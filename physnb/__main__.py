@@ -94,6 +94,15 @@ def command_eval_plausibility(args: argparse.Namespace) -> dict[str, Any]:
     )  # fmt: skip
 
 
+def command_eval_physics_iq(args: argparse.Namespace) -> dict[str, Any]:
+    from physnb.metrics.physics_iq_files import score_folders
+
+    return score_folders(
+        Path(args.real), Path(args.generated), fps=args.fps, mode=args.mode, scenarios=args.scenario or None,
+        descriptions=args.descriptions and Path(args.descriptions),
+    )  # fmt: skip
+
+
 def command_eval_frechet(args: argparse.Namespace) -> dict[str, Any]:
     from physnb.checkpoint import load_model
     from physnb.evaluate import evaluate_frechet
@@ -260,6 +269,14 @@ def build_parser() -> argparse.ArgumentParser:
     add_sampling(sub)
     sub.add_argument("--features", choices=("trajectory", "efficientnet", "i3d"), default="trajectory")
     sub.add_argument("--weights", help="file with the weights of I3D")
+
+    sub = command("physics-iq", command_eval_physics_iq, "Physics-IQ of a folder of generated videos", metrics)
+    sub.add_argument("--real", required=True, metavar="DIR", help="real videos, both takes, in the official layout")
+    sub.add_argument("--generated", required=True, metavar="DIR", help="generated videos of 5 s, by official name")
+    sub.add_argument("--fps", type=count, required=True, help="frames/s of all videos")
+    sub.add_argument("--mode", choices=("clean", "compat"), default="clean", help="ours, or the official procedure")
+    sub.add_argument("--scenario", action="append", default=[], help="only this scenario; may be repeated")
+    sub.add_argument("--descriptions", metavar="CSV", help="the official descriptions.csv, for categories")
 
     sub = command("heads", command_heads, "list the attention heads of any video transformer")
     sub.add_argument("model", nargs="?", default=str(REFERENCE_MODEL), help="folder, hub id or tiny:FAMILY")

@@ -69,7 +69,7 @@ def test_process_helps_and_fails_with_one_line():
     assert bad.returncode == 1 and bad.stdout == "" and bad.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "eval trajectory", "eval plausibility", "eval frechet"])
+@pytest.mark.parametrize("command", [*COMMANDS, "eval trajectory", "eval plausibility", "eval frechet", "eval physics-iq"])
 def test_every_command_has_help_and_json(capsys, command):
     with pytest.raises(SystemExit) as stop:
         main([*command.split(), "--help"])
@@ -295,6 +295,14 @@ def test_eval_frechet_gives_value_floor_and_count(capsys, model_folder, tmp_path
     assert all(row["clips"] == 33 and row["floor"] < row["value"] for row in enough)  # a random model is far off
     fails(capsys, tmp_path, [*asked, "--cases", "8"], "at least 32 clips, got 8")
     fails(capsys, tmp_path, [*asked, "--features", "i3d"], "I3D needs its weights")
+
+
+def test_eval_physics_iq_names_what_is_missing(capsys, tmp_path):
+    asked = ["eval", "physics-iq", "--real", "real", "--generated", "made", "--fps", "8"]
+    fails(capsys, tmp_path, asked, "real is not a folder")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "made").mkdir()
+    fails(capsys, tmp_path, asked, "real has no real videos of 8FPS")
 
 
 def test_guidance_options_reach_the_model(capsys, model_folder):

@@ -30,7 +30,8 @@ ALLOWED = {  # data and metrics are one module each; `__init__` is what `import 
     "plots": "config store",
     "data": "config",
     "model": "config",
-    "metrics": "config data statistics",
+    "metrics": "config data statistics store",
+    "choices": "config data",
     "memory": "",
     "checkpoint": "config memory model store",
     "guidance": "config flow hooks model",
@@ -41,14 +42,14 @@ ALLOWED = {  # data and metrics are one module each; `__init__` is what `import 
     "train": "config data flow memory model optimizer store",
     "search": "config data families generate metrics model statistics store",
     "analysis": "config data families flow generate hooks model",
-    "widgets": "plots",
+    "widgets": "choices config plots",
     "results": "plots store",
     "tables": "",
     "runs": "config results store tables",
     "bench": "config data memory model train",
     "bench_heads": "bench config flow guidance hooks memory model",
-    "__main__": "bench bench_heads checkpoint config data evaluate families generate plots pretrained runs search "
-    "store tables train",
+    "__main__": "bench bench_heads checkpoint config data evaluate families generate metrics plots pretrained runs "
+    "search store tables train",
 }
 ONLY_IN = {"matplotlib": {"plots", "widgets"}, "ipywidgets": {"widgets"}, "papermill": {"runs"}}
 

@@ -69,7 +69,10 @@ def test_process_helps_and_fails_with_one_line():
     assert bad.returncode == 1 and bad.stdout == "" and bad.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "eval trajectory", "eval plausibility", "eval frechet", "eval physics-iq"])
+EVALS = [f"eval {metric}" for metric in ("trajectory", "plausibility", "frechet", "physics-iq")]
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, *EVALS])
 def test_every_command_has_help_and_json(capsys, command):
     with pytest.raises(SystemExit) as stop:
         main([*command.split(), "--help"])

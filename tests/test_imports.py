@@ -37,6 +37,7 @@ ALLOWED = {  # data and metrics are one module each; `__init__` is what `import 
     "guidance": "config flow hooks model",
     "generate": "config data flow guidance model",
     "likelihood": "config data flow generate guidance hooks metrics model",
+    "ladder": "config data metrics statistics",
     "evaluate": "config data generate likelihood metrics model statistics store",
     "optimizer": "",
     "train": "config data flow memory model optimizer store",

@@ -1,11 +1,15 @@
 """Trajectory metrics: discs are found by colour in every frame and compared with the simulator's true motion.
 
-`clean` is what results use. `compat` follows phyworld's evaluate.py (Kang et al. 2024) with its conventions: pixel i at
-i / W, hard colour masks, a lost disc put on the wall, velocities averaged before the absolute value.
+`clean` is what results use; `compat` is phyworld's evaluator (`physnb.metrics.trajectory_compat`), for parity only.
+
+Two questions are kept apart. Is the disc there: `missing_rate`. Given that it is there, does it move as it should:
+`position_error`, `velocity_error`, `radius_drift`, `momentum_error`, `energy_error`. These judge the frames that show
+the disc and are NaN where none does, so read them beside `missing_rate`. `tracking_error` alone mixes the two.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,11 +20,15 @@ from physnb.config import choose, require
 from physnb.data import FRAME_STEP_S, WORLD_SIZE, Clip, DiscState
 from physnb.data.worlds import frame_times
 from physnb.metrics.scores import Scores, scores
+from physnb.metrics.trajectory_compat import score_as_phyworld, skipped_by_phyworld
+from physnb.statistics import Estimate, bootstrap_mean
 
 MODES = ("clean", "compat")
 PRESENT_AREA = 0.25  # a disc with less than this share of its true area counts as missing
 TRACKING_CAP = 5.0  # world units: an absent disc counts as this far off in tracking_error, and no disc as further
 MIN_FIT_FRAMES = 3  # frames that a fitted velocity needs
+CHUNK_PIXELS = 2**17  # parsed at a time: few enough to stay in a processor's cache, many enough to be worth a call
+BUCKETS = ("id", "r", "v", "rv")  # Clip.buckets of the worlds
 
 
 @dataclass(frozen=True)
@@ -35,25 +43,32 @@ class ParsedDiscs:
         return (self.areas / torch.pi).sqrt()
 
 
-def disc_shades(frames: UInt8[Tensor, "batch time height width 3"]) -> Float[Tensor, "batch time disc height width"]:
+def disc_shades(frames: UInt8[Tensor, "*frames height width 3"]) -> Float[Tensor, "*frames disc height width"]:
     """How much of each pixel is red (disc 0) or blue (disc 1), in [0, 1].
 
     A colour's excess over the other two channels, with 10 % cut from either end so that faint noise counts nothing.
     """
-    red, green, blue = frames.float().div(255).unbind(-1)
-    excess = torch.stack([red - torch.maximum(green, blue), blue - torch.maximum(red, green)], dim=2)
-    return ((excess - 0.1) / 0.8).clamp(0, 1)
+    red, green, blue = (plane.contiguous() for plane in frames.unbind(-1))
+    shade = torch.empty(*red.shape[:-2], 2, *red.shape[-2:], device=frames.device)
+    for disc, (own, others) in enumerate(((red, torch.maximum(green, blue)), (blue, torch.maximum(red, green)))):
+        shade.select(-3, disc).copy_(own).div_(255).sub_(others.float().div_(255))
+    return shade.sub_(0.1).div_(0.8).clamp_(0, 1)
 
 
 def parse_discs(frames: UInt8[Tensor, "batch time height width 3"]) -> ParsedDiscs:
     """Sub-pixel centres and areas of the red and the blue disc: shade-weighted moments, pixel i at (i + 1/2) / W."""
-    shade = disc_shades(frames)
-    height, width = shade.shape[-2:]
+    height, width = frames.shape[2:4]
+    require(height > 0 and width > 0, f"frames of {width} x {height} pixels show nothing to parse")
     column = (torch.arange(width) + 0.5) / width * WORLD_SIZE
     row = WORLD_SIZE - (torch.arange(height) + 0.5) / height * WORLD_SIZE
-    total = shade.sum((-1, -2))
-    x, y = (shade.sum(-2) * column).sum(-1) / total, (shade.sum(-1) * row).sum(-1) / total  # 0 / 0 is NaN: not seen
-    return ParsedDiscs(torch.stack([x, y], -1), total * (WORLD_SIZE / height) * (WORLD_SIZE / width))
+    found = []
+    for part in frames.flatten(0, 1).split(max(1, CHUNK_PIXELS // (height * width))):
+        shade = disc_shades(part)
+        moments = shade.sum((-1, -2)), (shade.sum(-2) * column).sum(-1), (shade.sum(-1) * row).sum(-1)
+        found.append(torch.stack(moments))
+    total, x, y = torch.cat(found, dim=1).unflatten(1, frames.shape[:2])
+    centres = torch.stack([x / total, y / total], -1)  # 0 / 0 is NaN: not seen
+    return ParsedDiscs(centres, total * (WORLD_SIZE / height) * (WORLD_SIZE / width))
 
 
 def fitted_slope(
@@ -84,7 +99,17 @@ def check_pair(generated: Clip, true: Clip, frames_given: int) -> DiscState:
         generated.frames.shape == true.frames.shape and generated.scenarios == true.scenarios,
         f"generated {tuple(generated.frames.shape)} and true {tuple(true.frames.shape)} clips do not match",
     )
+    require(
+        generated.fps == true.fps == 1 / FRAME_STEP_S,
+        f"the worlds have {1 / FRAME_STEP_S:g} frames/s; generated clips have {generated.fps:g}, true {true.fps:g}",
+    )
     time = true.frames.shape[1]
+    require(
+        true.state.positions.shape[:2] == true.frames.shape[:2],
+        f"the true state is of {tuple(true.state.positions.shape[:2])} clips and frames, the videos of "
+        f"{tuple(true.frames.shape[:2])}",
+    )
+    require(min(true.frames.shape[2:4]) > 0, f"frames of {tuple(true.frames.shape[2:4])} pixels show nothing to judge")
     require(
         1 <= frames_given <= time - MIN_FIT_FRAMES,
         f"frames given must be in [1, {time - MIN_FIT_FRAMES}] to judge a trajectory, got {frames_given}",
@@ -95,16 +120,22 @@ def check_pair(generated: Clip, true: Clip, frames_given: int) -> DiscState:
 def metric_trajectory(generated: Clip, true: Clip, *, frames_given: int = 3, mode: str = "clean") -> dict[str, Scores]:
     """Scores of each clip by name; all are better when lower. Judged where the true disc is wholly inside the box.
 
-    clean:
+    clean, presence:
+    missing_rate: share of judged discs whose area is under a quarter of the true one.
+
+    clean, motion given presence (frames in which the disc is missing are left out; NaN if it is missing in all):
     position_error (world units): mean distance to the true centre over generated frames in which the disc is there.
     velocity_error (units/s): length of the slope fitted to the position error, from the last start frame on; for
         collisions the mean over discs and over the stretches before and after impact that have 3 frames.
-    missing_rate: share of judged discs whose area is under a quarter of the true one.
-    tracking_error (world units): position error in which a missing disc counts as 5 units: the hunt's objective.
     radius_drift (world units): largest minus smallest radius seen.
     momentum_error, energy_error (shares): of a collision, after impact, against the true total of |m v| and m v^2.
 
-    compat: x_error, y_error, x_velocity_error (mean absolute, frame by frame) and velocity_error (phyworld's headline).
+    clean, the mixture of both:
+    tracking_error (world units): position error in which a missing disc counts as 5 units, and none as more: the hunt's
+        objective. A change in it can come from discs that vanish less as well as from discs that move better; only
+        missing_rate and position_error beside it can tell which.
+
+    compat: the quantities of phyworld, under the names in `trajectory_compat.QUANTITIES`.
 
     Raises ValueError for clips that do not match, lack a true state, or leave too few frames.
     Leaves out frames in which the true disc touches a wall, and everything about looks but colour.
@@ -112,7 +143,7 @@ def metric_trajectory(generated: Clip, true: Clip, *, frames_given: int = 3, mod
     state = check_pair(generated, true, frames_given)
     choose("mode", mode, MODES)
     if mode == "compat":
-        return _compat(generated, state, frames_given)
+        return score_as_phyworld(generated.frames, state, frames_given)
     parsed = parse_discs(generated.frames)
     true_area = torch.pi * state.radii[:, None] ** 2
     seen = parsed.areas >= PRESENT_AREA * true_area
@@ -162,64 +193,33 @@ def _fitted_errors(
     return velocity, momentum, energy
 
 
-def _compat(generated: Clip, state: DiscState, frames_given: int) -> dict[str, Scores]:
-    """phyworld's evaluate.py: `evaluate_xy` for one disc, the velocity part of its collision routine for two."""
-    frames = generated.frames
-    width = frames.shape[-2]
-    high, low = frames > 127, frames < 127
-    masks = (high[..., 0] & low[..., 1] & low[..., 2], low[..., 0] & low[..., 1] & high[..., 2])
-    grid = torch.arange(width, dtype=torch.float64) / width * WORLD_SIZE
-    inside = state.inside[:, :, 0].clone()
-    two = state.present[:, 1]
-    walls = (state.positions[:, :, 0, 0] >= state.radii[:, None, 0]) & (
-        state.positions[:, :, 1, 0] <= WORLD_SIZE - state.radii[:, None, 1]
-    )
-    inside[two] = walls[two]
-    rows = {name: [] for name in ("x_error", "y_error", "x_velocity_error", "velocity_error")}
-    for clip in range(len(frames)):
-        keep = [i for i in range(frames_given, frames.shape[1]) if inside[clip, i]]
-        discs = range(2 if two[clip] else 1)
-        found = [_compat_positions(masks[disc][clip].flip(1), grid, disc, bool(two[clip])) for disc in discs]
-        if len(keep) < 2:
-            for values in rows.values():
-                values.append(torch.nan)
-            continue
-        truth = [state.positions[clip, :, disc].double() for disc in discs]
-        error = torch.stack([(found[d] - truth[d])[keep].abs().mean(0) for d in discs])  # [disc, axis]
-        speed = torch.stack([found[d][keep, 0].diff() / FRAME_STEP_S for d in discs])  # [disc, interval]
-        true_speed = torch.stack([truth[d][keep, 0].diff() / FRAME_STEP_S for d in discs])
-        rows["x_error"].append(float(error[:, 0].mean()))
-        rows["y_error"].append(float(error[:, 1].mean()))
-        rows["x_velocity_error"].append(float((speed - true_speed).abs().mean()))
-        rows["velocity_error"].append(_compat_velocity_error(speed, true_speed, float(state.velocities[clip, 0, 0, 0])))
-    units = dict(x_error="units", y_error="units", x_velocity_error="units/s", velocity_error="units/s")
-    reason = "fewer than two frames with the true disc inside the box, or the disc was never seen"
-    return {name: scores(name, units[name], torch.tensor(values), reason) for name, values in rows.items()}
+def bucket_table(
+    found: Mapping[str, Scores], true: Clip, *, mode: str = "clean", seed: int = 0
+) -> dict[str, dict[str, Estimate]]:
+    """Mean, interval and counts of every score of `found` by bucket: table[bucket][score name].
 
-
-def _compat_positions(mask: Bool[Tensor, "time height width"], grid: Tensor, disc: int, two: bool) -> Tensor:
-    """Centres [time, axis]; a lost disc is put on the wall (collision: its own) and keeps its last height."""
-    wall = 0.0 if two and disc == 0 else WORLD_SIZE
-    centres, height = [], torch.nan
-    for frame in mask:
-        rows, columns = frame.nonzero(as_tuple=True)
-        if len(rows) == 0:
-            centres.append((wall, height))
-            continue
-        height = float(grid[rows].mean())
-        centres.append((float(grid[columns].mean()), height))
-    return torch.tensor(centres, dtype=torch.float64)
-
-
-def _compat_velocity_error(speed: Tensor, true_speed: Tensor, first_speed: float) -> float:
-    """One disc: |mean v - v_0|. Two: mean over discs of |mean v - mean true v|, averaged over before and after impact.
-
-    The impact is the first interval in which a true velocity changes by more than 0.1; that interval is dropped.
+    Buckets, as phyworld has them: "zero" (a disc that stands still at first), else what Clip.buckets says: "id", "r",
+    "v", "rv"; "out" is all but "id". A bucket without clips has NaN means and counts 0.
+    mode "clean" counts every clip; "compat" leaves out those with small discs (r < 0.6; r <= 0.5 in collisions), and
+    `trajectory_compat.phyworld_row` prints it as published.
+    Raises ValueError for scores of other clips, clips without a true state and bucket names of other data.
+    Leaves out, in the mean, clips that could not be judged: read `judged` beside `cases`.
     """
-    if len(speed) == 1:
-        return float((speed.mean() - first_speed).abs())
-    jumps = ((true_speed[:, 1:] - true_speed[:, :-1]).abs() > 0.1).any(0).nonzero()
-    impact = int(jumps[0]) + 1 if len(jumps) else speed.shape[1]
-    stretches = [slice(0, impact), slice(impact + 1, None)]
-    errors = [(speed[:, s].mean(1) - true_speed[:, s].mean(1)).abs().mean() for s in stretches if speed[:, s].shape[1]]
-    return float(torch.stack(errors).mean())
+    choose("mode", mode, MODES)
+    require(true.state is not None, "buckets need the true state; take the true clip from a simulator")
+    for name in sorted(set(true.buckets)):
+        choose("bucket", name, BUCKETS)
+    for name, score in found.items():
+        require(len(score.values) == len(true), f"{name} has {len(score.values)} values for {len(true)} clips")
+    still = (true.state.present & (true.state.velocities[:, 0, :, 0] == 0)).any(1).tolist()
+    names = ["zero" if stands else bucket for stands, bucket in zip(still, true.buckets, strict=True)]
+    skipped = skipped_by_phyworld(true).tolist() if mode == "compat" else [False] * len(true)
+    rows: dict[str, list[int]] = {bucket: [] for bucket in ("id", "out", "r", "v", "rv", "zero")}
+    for i, (name, skip) in enumerate(zip(names, skipped, strict=True)):
+        if not skip:
+            rows[name].append(i)
+    rows["out"] = sorted(rows["zero"] + rows["r"] + rows["v"] + rows["rv"])
+    return {
+        bucket: {name: bootstrap_mean(score.values[numbers], seed) for name, score in found.items()}
+        for bucket, numbers in rows.items()
+    }

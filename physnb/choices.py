@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import sqlite3
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from physnb.config import choose, require
 from physnb.data import hash_draws
+from physnb.store import Database
 
 ANSWERS = ("left", "right", "tie", "skip")
 
@@ -73,8 +71,18 @@ def _shuffled(values: Sequence[str], seed: int, name: str) -> list[str]:
     return [values[i] for i in np.argsort(hash_draws(seed, f"order/{name}", np.arange(len(values))))]
 
 
-SCHEMA_VERSION = 1
-_SCHEMA = """
+_COLUMNS = ", ".join(f"pairs.{field.name}" for field in fields(Pair))
+
+
+class ChoiceStore(Database):
+    """A SQLite file with the pairs to show and one row a choice, written as it is made; kill -9 loses none but that.
+
+    Several processes may write at once. Raises ValueError for another program's file, or another schema version.
+    """
+
+    kind = "choice store"
+    tables = frozenset({"pairs", "choices"})
+    schema = """
 CREATE TABLE IF NOT EXISTS pairs (
     position INTEGER PRIMARY KEY,  -- in the design
     pair TEXT NOT NULL UNIQUE,
@@ -94,49 +102,6 @@ CREATE TABLE IF NOT EXISTS choices (
     UNIQUE (pair, rater)
 );
 """
-_COLUMNS = ", ".join(f"pairs.{field.name}" for field in fields(Pair))
-
-
-class ChoiceStore:
-    """A SQLite file with the pairs to show and one row a choice, written as it is made; kill -9 loses none but that.
-
-    Several processes may write at once. Raises ValueError for another program's file, or another schema version.
-    """
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self._named():
-            self.connection = sqlite3.connect(self.path, timeout=60)
-        try:
-            with self._named():
-                version = self.connection.execute("PRAGMA user_version").fetchone()[0]
-                tables = {name for (name,) in self.connection.execute("SELECT name FROM sqlite_master")}
-                known = {"pairs", "choices", "sqlite_sequence"} | {
-                    n for n in tables if n.startswith("sqlite_autoindex")
-                }
-                require(tables <= known, f"{self.path} is the database of another program; choose another file")
-                require(
-                    version in (0, SCHEMA_VERSION),
-                    f"{self.path} has schema version {version}, not {SCHEMA_VERSION}; choose another file",
-                )
-                self.connection.execute("PRAGMA journal_mode=WAL")
-                with self.connection:
-                    self.connection.executescript(_SCHEMA)
-                    self.connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
-        except BaseException:
-            self.connection.close()
-            raise
-
-    @contextmanager
-    def _named(self) -> Iterator[None]:
-        """Turn SQLite's errors into ones that name the file: a full or read-only disk, or a file of another kind."""
-        try:
-            yield
-        except sqlite3.OperationalError as error:
-            raise OSError(f"{self.path} cannot be used ({error}); what was written before is kept") from None
-        except sqlite3.DatabaseError as error:
-            raise ValueError(f"{self.path} is not a choice store ({error}); choose another file") from None
 
     def plan(self, pairs: Sequence[Pair]) -> None:
         """Write down the pairs to show. The same plan again changes nothing, and a longer one goes on from the old.
@@ -219,12 +184,3 @@ class ChoiceStore:
         """
         with self._named():
             return pd.read_sql_query(query, self.connection)
-
-    def close(self) -> None:
-        self.connection.close()
-
-    def __enter__(self) -> ChoiceStore:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

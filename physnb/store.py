@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -110,22 +110,16 @@ def prepare_folder(path: Path, *, resume: bool = False) -> Path:
     return path
 
 
-SCHEMA_VERSION = 1
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS trials (
-    trial TEXT NOT NULL,  -- canonical JSON of everything that decides the numbers: model hash, settings, guidance
-    case_name TEXT NOT NULL,
-    value REAL,           -- NULL where the case could not be judged
-    PRIMARY KEY (trial, case_name)
-) WITHOUT ROWID;
-"""
+class Database:
+    """A SQLite file of one kind and schema version, safe to kill and open to several processes at once.
 
-
-class TrialStore:
-    """A SQLite file with one row a trial and case, written as they finish; kill -9 loses the trial in flight at most.
-
-    Raises ValueError if the file is not a trial store or has another schema version.
+    Raises ValueError if the file is of another kind or version.
     """
+
+    kind: ClassVar[str]  # in error messages
+    schema: ClassVar[str]  # CREATE TABLE IF NOT EXISTS ...
+    tables: ClassVar[frozenset[str]]  # all that the schema makes
+    version: ClassVar[int] = 1
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -135,16 +129,17 @@ class TrialStore:
         try:
             with self._named():
                 version = self.connection.execute("PRAGMA user_version").fetchone()[0]
-                tables = {name for (name,) in self.connection.execute("SELECT name FROM sqlite_master")}
-                require(tables <= {"trials"}, f"{self.path} is the database of another program; choose another file")
+                found = {name for (name,) in self.connection.execute("SELECT name FROM sqlite_master")}
+                found = {name for name in found if not name.startswith("sqlite_")}
+                require(found <= self.tables, f"{self.path} is the database of another program; choose another file")
                 require(
-                    version in (0, SCHEMA_VERSION),
-                    f"{self.path} has schema version {version}, not {SCHEMA_VERSION}; choose another file",
+                    version in (0, self.version),
+                    f"{self.path} has schema version {version}, not {self.version}; choose another file",
                 )
                 self.connection.execute("PRAGMA journal_mode=WAL")
                 with self.connection:
-                    self.connection.executescript(_SCHEMA)
-                    self.connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+                    self.connection.executescript(self.schema)
+                    self.connection.execute(f"PRAGMA user_version={self.version}")
         except BaseException:
             self.connection.close()
             raise
@@ -157,7 +152,34 @@ class TrialStore:
         except sqlite3.OperationalError as error:
             raise OSError(f"{self.path} cannot be used ({error}); what was written before is kept") from None
         except sqlite3.DatabaseError as error:
-            raise ValueError(f"{self.path} is not a trial store ({error}); choose another file") from None
+            raise ValueError(f"{self.path} is not a {self.kind} ({error}); choose another file") from None
+
+    def close(self) -> None:
+        self.connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class TrialStore(Database):
+    """A SQLite file with one row a trial and case, written as they finish; kill -9 loses the trial in flight at most.
+
+    Raises ValueError if the file is not a trial store or has another schema version.
+    """
+
+    kind = "trial store"
+    tables = frozenset({"trials"})
+    schema = """
+CREATE TABLE IF NOT EXISTS trials (
+    trial TEXT NOT NULL,  -- canonical JSON of everything that decides the numbers: model hash, settings, guidance
+    case_name TEXT NOT NULL,
+    value REAL,           -- NULL where the case could not be judged
+    PRIMARY KEY (trial, case_name)
+) WITHOUT ROWID;
+"""
 
     def write(self, trial: str, cases: list[str], values: list[float]) -> None:
         """All cases of one trial, in one transaction."""
@@ -172,12 +194,3 @@ class TrialStore:
         if not all(case in found for case in cases):
             return None
         return [float("nan") if found[case] is None else found[case] for case in cases]
-
-    def close(self) -> None:
-        self.connection.close()
-
-    def __enter__(self) -> TrialStore:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

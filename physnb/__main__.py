@@ -198,8 +198,10 @@ def command_report(args: argparse.Namespace) -> dict[str, Any]:
 def command_bench(args: argparse.Namespace) -> dict[str, Any]:
     from physnb.bench import bench_simulator, bench_training
     from physnb.bench_heads import bench_heads
+    from physnb.benchmarks import bench_metrics
 
-    return dict(sim=bench_simulator, train=bench_training, heads=bench_heads)[args.which](rounds=args.rounds)
+    benches = dict(sim=bench_simulator, train=bench_training, heads=bench_heads, metrics=bench_metrics)
+    return benches[args.which](rounds=args.rounds)
 
 
 def add_cases(parser: argparse.ArgumentParser) -> None:
@@ -294,8 +296,8 @@ def build_parser() -> argparse.ArgumentParser:
     for name in ("--weight", "--strength"):
         sub.add_argument(name, type=float, help="instead of the preset's")
 
-    sub = command("bench", command_bench, "time the simulator, a training step or a guided step against the usual way")
-    sub.add_argument("which", choices=("sim", "train", "heads"))
+    sub = command("bench", command_bench, "time a part of the suite against the usual way")
+    sub.add_argument("which", choices=("sim", "train", "heads", "metrics"))
     sub.add_argument("--rounds", type=count, default=7, help="turns of each side (default: %(default)s)")
 
     sub = command("report", command_report, "write report.html of a run folder anew")

@@ -12,6 +12,7 @@ import numpy as np
 import seaborn
 from jaxtyping import Float
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
@@ -226,3 +227,58 @@ def write_video(path: str | Path, clips: dict, fps: float = 8.0, scale: int = 4)
     with written_whole(path) as temporary:
         temporary.write_bytes(data)
     return path
+
+
+OUTCOME_COLOURS = {"worse": PALETTE[0], "tie": PALETTE[1], "better": PALETTE[3], "not judged": PALETTE[7]}
+
+
+def plot_ladder(ladders: Mapping[str, Sequence], uses: Mapping[str, str], columns: int = 4) -> Figure:
+    """One panel a metric: each rung's paired difference to the second take, 0 = second take, 1 = the worst rung.
+
+    ladders: rows of `ladder.climb` by metric; uses: what the verdict allows each. Bars are 95 % intervals over clips; a
+    metric of sets has none. Colour is what the interval says of the rung against the second take.
+    """
+    require(len(ladders) > 0, "there is no ladder to draw")
+    down = -(-len(ladders) // columns)
+    figure, axes = new_figure(2.6 * columns, 1.9 * down, down, columns)
+    for axis in axes.flat[len(ladders) :]:
+        axis.set_axis_off()
+    for number, (name, rows) in enumerate(ladders.items()):
+        axis = axes.flat[number]
+        size = np.nanmax([abs(row.difference.mean) for row in rows]) or 1.0
+        axis.axvline(0, color="black", linewidth=0.8)
+        for place, row in enumerate(rows):
+            d, colour = row.difference, OUTCOME_COLOURS[row.against_second]
+            axis.plot([d.low / size, d.high / size], [place, place], color=colour, linewidth=2)
+            axis.plot(d.mean / size, place, "o", color=colour, markersize=4)
+        names = [row.rung.replace("_", " ") for row in rows] if number % columns == 0 else [""] * len(rows)
+        axis.set_yticks(range(len(rows)), names, fontsize=8)
+        axis.invert_yaxis()
+        axis.set_title(f"{name.replace('_', ' ')}\n{uses[name]}", fontsize=8)
+        if number + columns >= len(ladders):
+            axis.set_xlabel("worse than a second take\n(share of worst rung)", fontsize=7)
+    handles = [Line2D([], [], color=colour, marker="o", markersize=4) for colour in OUTCOME_COLOURS.values()]
+    figure.legend(handles, list(OUTCOME_COLOURS), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    return figure
+
+
+def plot_correlations(
+    names: Sequence[str],
+    rho: Float[Tensor, "score score"],
+    low: Float[Tensor, "score score"],
+    high: Float[Tensor, "score score"],
+) -> Figure:
+    """Rank correlations of every two scores, lower triangle; in brackets where the 95 % interval holds 0."""
+    values, low, high = (np.asarray(table) for table in (rho, low, high))
+    texts = np.full(values.shape, "", dtype=object)
+    for i, j in np.argwhere(np.isfinite(values)):
+        texts[i, j] = f"({values[i, j]:.2f})" if low[i, j] <= 0 <= high[i, j] else f"{values[i, j]:.2f}"
+    labels = [name.replace("_", " ") for name in names]
+    figure, axes = new_figure(0.62 * len(names) + 2.2, 0.5 * len(names) + 1.8)
+    seaborn.heatmap(
+        values, ax=axes[0, 0], cmap=EFFECT_COLOURS, vmin=-1, vmax=1, annot=texts, fmt="", annot_kws=dict(fontsize=7),
+        mask=np.triu(np.ones(values.shape, bool)) | ~np.isfinite(values), linewidths=0.5,
+        xticklabels=labels, yticklabels=labels, cbar_kws=dict(label="Spearman's rho"),
+    )  # fmt: skip
+    axes[0, 0].tick_params(labelsize=8)
+    return figure

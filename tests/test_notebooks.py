@@ -33,6 +33,8 @@ def test_numbers_are_those_of_the_design():
         "02_head_hunt",
         "03_guidance_strength",
         "04_head_analysis",
+        "05_benchmarks",
+        "07_pretrained",
     ]
 
 

@@ -65,14 +65,14 @@ def plot_training(history: dict[str, tuple[Sequence[int], Sequence[float]]], win
 def plot_clips(clips: dict[str, Float[Tensor, "time height width 3"]], columns: int = 8) -> Figure:
     """Film strips, one row a clip, `columns` frames spread over it."""
     figure, axes = new_figure(1.1 * columns, 1.25 * len(clips), len(clips), columns)
-    for row, (name, frames) in zip(axes, clips.items(), strict=True):
+    for place, (row, (name, frames)) in enumerate(zip(axes, clips.items(), strict=True)):
         for axis, number in zip(row, np.linspace(0, len(frames) - 1, columns).round().astype(int), strict=True):
             axis.imshow(frames[number], interpolation="nearest")
             axis.set(xticks=[], yticks=[])
             for side in axis.spines.values():
                 side.set_visible(True)
                 side.set_color("lightgrey")
-            if row is axes[0]:
+            if place == 0:
                 axis.set_title(f"frame {number}", fontsize=8)
         row[0].set_ylabel(name, fontsize=9, rotation=0, ha="right", va="center")
     return figure

@@ -296,7 +296,7 @@ PRESETS: dict[str, Preset] = {
         dict(steps=20, batch=4, warmup_steps=5),
         dict(selection_cases=4, confirmation_cases=6, top_k=2, steps=2, random_draws=2),
     ),
-    # about 8 minutes of training on 2 cores: what `make run` uses
+    # about 10 minutes of training on 2 cores: what `make run` uses
     "quick": _preset(
         dict(frames=16, size=32, patch=(2, 8, 8), width=128, depth=6, heads=8),
         dict(steps=2800, batch=8, scenario_weights=(1.0, 1.0, 1.0), ema_decay=0.99),

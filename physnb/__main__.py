@@ -198,7 +198,7 @@ def command_report(args: argparse.Namespace) -> dict[str, Any]:
 def command_bench(args: argparse.Namespace) -> dict[str, Any]:
     from physnb.bench import bench_simulator, bench_training
     from physnb.bench_heads import bench_heads
-    from physnb.benchmarks import bench_metrics
+    from physnb.standings import bench_metrics
 
     benches = dict(sim=bench_simulator, train=bench_training, heads=bench_heads, metrics=bench_metrics)
     return benches[args.which](rounds=args.rounds)

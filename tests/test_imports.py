@@ -50,9 +50,9 @@ ALLOWED = {  # data and metrics are one module each; `__init__` is what `import 
     "runs": "config results store tables",
     "bench": "config data memory model train",
     "bench_heads": "bench config flow guidance hooks memory model",
-    "benchmarks": "bench config data ladder metrics",
-    "__main__": "bench bench_heads benchmarks checkpoint config data evaluate families generate metrics plots "
-    "pretrained runs search store tables train",
+    "standings": "bench config data ladder metrics",
+    "__main__": "bench bench_heads checkpoint config data evaluate families generate metrics plots pretrained runs "
+    "search standings store tables train",
 }
 ONLY_IN = {"matplotlib": {"plots", "widgets"}, "ipywidgets": {"widgets"}, "papermill": {"runs"}}
 

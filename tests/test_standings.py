@@ -3,12 +3,12 @@ import math
 import pytest
 import torch
 
-from physnb.benchmarks import aligned_scores, bench_metrics, judges, plain_physics_iq, rank_judges, set_judges
 from physnb.data import Clip, simulate
 from physnb.data.takes import second_take
 from physnb.ladder import RUNGS, make_rung
 from physnb.metrics.physics_iq import metric_physics_iq
 from physnb.plots import plot_correlations, plot_ladder
+from physnb.standings import aligned_scores, bench_metrics, judges, plain_physics_iq, rank_judges, set_judges
 
 HUNTING = ("position_error", "velocity_error", "tracking_error", "physics_iq_verified", "reward")
 

@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from physnb.attention import AttentionCall, HeadTensor
 from physnb.config import HeadId, Perturbation, require
-from physnb.families import FAMILIES, Family, Inputs, attention_layers, token_layout, video_of
+from physnb.families import FAMILIES, Family, Inputs, attention_layers, video_of
 from physnb.hooks import perturb_rows, replaced_attention
 
 MOVED = 1e-5  # a token has moved if a query changed by more than this share of the largest query
@@ -197,28 +197,26 @@ def attention_calls(model: nn.Module, inputs: Mapping[str, Any]) -> list[SeenCal
 def self_test(model: nn.Module, inputs: Inputs) -> list[LayerTest]:
     """What every layer does in a forward with these keyword arguments, after checking that its heads can be broken.
 
-    Takes one forward a layer and two more. Raises ValueError naming the first layer that is not called, has another
+    Takes one forward a layer and one more. Raises ValueError naming the first layer that is not called, has another
     number of heads than it says, sees tokens that do not fit the family's grid, or changes nothing when all its heads
     are broken (an untrained model's zero gates; attention over one token); RuntimeError from a layer that never runs.
     """
     layers = attention_layers(model)
-    seen: dict[int, list[AttentionCall]] = {}
+    tokens: dict[int, list[int]] = {}  # of every call of a layer
 
-    def keep(number: int):
+    def count(number: int):
         def look(call: AttentionCall, output: HeadTensor) -> HeadTensor:
-            seen.setdefault(number, []).append(call)
+            tokens.setdefault(number, []).append(call.query.shape[2])
             return output
 
         return look
 
     with torch.no_grad():
-        with replaced_attention(model, {number: keep(number) for number in range(len(layers))}, needs_layout=True):
-            model(**inputs)
-        plain = video_of(model(**inputs))
+        # The layout is worked out, and refused if it does not fit, at every call.
+        with replaced_attention(model, {number: count(number) for number in range(len(layers))}, needs_layout=True):
+            plain = video_of(model(**inputs))
         rows = []
         for number, layer in enumerate(layers):
-            for call in seen[number]:
-                token_layout(model, layer, inputs, call.query.shape[2])
             with perturb_rows(model, Perturbation([HeadId(number, head) for head in range(layer.heads)])):
                 effect = float((video_of(model(**inputs)) - plain).abs().max())
             require(
@@ -226,5 +224,5 @@ def self_test(model: nn.Module, inputs: Inputs) -> list[LayerTest]:
                 f"breaking all heads of {layer.path} changes nothing: an untrained model's zero gates or output "
                 "projections hide its attention, or it attends over a single token",
             )
-            rows.append(LayerTest(layer.path, len(seen[number]), seen[number][0].query.shape[2], effect))
+            rows.append(LayerTest(layer.path, len(tokens[number]), tokens[number][0], effect))
     return rows

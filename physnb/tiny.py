@@ -81,17 +81,24 @@ def tiny_model(slug: str, seed: int = 0) -> nn.Module:
     """The family's model with random weights, ready to run; the global random state stays as it was."""
     family = FAMILIES[choose("tiny family", slug, FAMILIES)]
     model_class = VideoDiT if family.class_name == "VideoDiT" else getattr(diffusers, family.class_name)
+    return random_module(model_class, seed=seed, **family.config)
+
+
+def random_module(kind: type[nn.Module], *args: Any, seed: int, **config: Any) -> nn.Module:
+    """A module with random weights, also where its class begins with zeros; the global random state stays as it was.
+
+    VideoDiT and Kandinsky 5 start with zero gates: attention then has exactly no effect, and no test of it could fail.
+    Mochi and Cosmos start with zero positions.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = model_class(**family.config)
-    # VideoDiT and Kandinsky 5 start with zero gates: attention then has exactly no effect, and no test of it could
-    # fail. Mochi and Cosmos start with zero positions.
+        module = kind(*args, **config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in module.parameters():
             if parameter.ndim > 1 and not parameter.any():
                 parameter.normal_(0, FILL, generator=generator)
-    return model.eval()
+    return module.eval()
 
 
 def first_tensor(output: Any) -> Tensor:

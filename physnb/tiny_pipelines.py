@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import diffusers
-import torch
 import transformers
 from diffusers import DiffusionPipeline
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
@@ -21,7 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
 
 from physnb.config import choose
-from physnb.tiny import FAMILIES, FILL
+from physnb.tiny import FAMILIES, random_module
 
 LETTERS = string.ascii_letters + string.digits + string.punctuation
 HEADS, LAYERS = 4, 3
@@ -44,19 +43,6 @@ def tiny_pipeline(name: str, seed: int = 0) -> DiffusionPipeline:
     """
     tiny = PIPELINES[choose("tiny pipeline", name, PIPELINES)]
     return getattr(diffusers, tiny.class_name)(**tiny.build(seed))
-
-
-def random_module(kind: type[nn.Module], *args: Any, seed: int, **config: Any) -> nn.Module:
-    """A module with random weights, also where its class begins with zeros, behind which attention has no effect."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        module = kind(*args, **config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.ndim > 1 and not parameter.any():
-                parameter.normal_(0, FILL, generator=generator)
-    return module.eval()
 
 
 def random_transformer(slug: str, seed: int, **more: Any) -> nn.Module:

@@ -1,5 +1,4 @@
 import re
-import sqlite3
 from collections import Counter
 from dataclasses import replace
 from itertools import combinations
@@ -216,31 +215,6 @@ while True:
             kept = found[found.rater == rater].pair.tolist()
             assert kept[: len(done[rater])] == done[rater] and len(kept) <= len(done[rater]) + 1
         assert store.connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-
-
-def test_store_of_another_schema_is_refused_and_kept(store):
-    store.connection.execute("PRAGMA user_version=7")
-    with pytest.raises(ValueError, match=r"choices.sqlite has schema version 7, not 1"):
-        ChoiceStore(store.path)
-    assert len(store.pairs()) == 12
-
-
-def test_file_that_is_no_database_is_refused_and_kept(tmp_path):
-    path = tmp_path / "notes.txt"
-    path.write_text("my notes " * 200)
-    with pytest.raises(ValueError, match=r"notes.txt is not a choice store .*; choose another file"):
-        ChoiceStore(path)
-    assert path.read_text() == "my notes " * 200
-
-
-def test_database_of_another_program_is_refused_and_kept(tmp_path):
-    path = tmp_path / "photos.sqlite"
-    with sqlite3.connect(path) as connection:
-        connection.execute("CREATE TABLE photos (name TEXT)")
-    before = path.read_bytes()
-    with pytest.raises(ValueError, match=r"photos.sqlite is the database of another program"):
-        ChoiceStore(path)
-    assert path.read_bytes() == before
 
 
 def test_full_disk_is_named_and_what_was_written_is_kept(tmp_path, full_disk):

@@ -33,50 +33,9 @@ from physnb.metrics.physics_iq_files import (
     split_clip,
     write_video,
 )
+from physnb.standings import plain_physics_iq
 
 GIVEN = 3
-
-
-def official_procedure(
-    generated: Clip, true: Clip, second: Clip, *, frames_given: int = GIVEN, size: int = 256
-) -> dict[str, list[float]]:
-    """Terms of every clip, frame by frame and video by video as in the published scripts, but without files."""
-    quarter = (size // 4, size // 4)
-    rows: dict[str, list[float]] = {name: [] for term in TERMS for name in (term, f"variance_{term}")}
-    for case in range(len(true)):
-        masks, frames = [], []
-        for clip in (true, generated, second):
-            video = clip.frames[case, frames_given - 1 :].numpy()[..., ::-1]  # BGR
-            moved, small, average = [], [], None
-            for frame in np.ascontiguousarray(video):
-                grey = cv2.cvtColor(cv2.resize(frame, (size, size)), cv2.COLOR_BGR2GRAY)
-                grey = cv2.GaussianBlur(grey, (5, 5), 0)
-                if average is None:
-                    average = grey.astype("float")
-                cv2.accumulateWeighted(grey, average, 0.3)
-                difference = cv2.absdiff(grey, cv2.convertScaleAbs(average))
-                binary = cv2.threshold(difference, 10, 255, cv2.THRESH_BINARY)[1]
-                binary = cv2.morphologyEx(binary, cv2.MORPH_OPEN, np.ones((5, 5), np.uint8))
-                binary = cv2.morphologyEx(binary, cv2.MORPH_CLOSE, np.ones((5, 5), np.uint8))
-                moved.append(cv2.resize(binary, quarter) > 127)
-                small.append(cv2.resize(frame, quarter) / 255.0)
-            masks.append(moved[1:])
-            frames.append(small[1:])
-        for prefix, other in (("", 1), ("variance_", 2)):
-            ious = []
-            for one, two in zip(masks[0], masks[other], strict=True):
-                union = np.logical_or(one, two).sum()
-                ious.append(np.logical_and(one, two).sum() / union if union else 1.0)
-            ever_one, ever_two = np.any(masks[0], axis=0), np.any(masks[other], axis=0)
-            weight_one, weight_two = np.mean(masks[0], axis=0), np.mean(masks[other], axis=0)
-            squares = [np.mean((a - b).astype(np.float32) ** 2) for a, b in zip(frames[0], frames[other], strict=True)]
-            rows[prefix + "spatiotemporal_iou"].append(float(np.mean(ious)))
-            rows[prefix + "spatial_iou"].append(float((ever_one & ever_two).sum() / (ever_one | ever_two).sum()))
-            rows[prefix + "weighted_spatial_iou"].append(
-                float(np.minimum(weight_one, weight_two).sum() / np.maximum(weight_one, weight_two).sum())
-            )
-            rows[prefix + "mse"].append(float(np.mean(squares)))
-    return rows
 
 
 def cases(clips: int = 2, size: int = 64, frames: int = 16) -> Clip:
@@ -168,7 +127,7 @@ def test_terms_are_those_of_the_plain_procedure(size):
     true = cases(size=size)
     second, generated = second_take(true, 0), second_take(true, 1)
     found = metric_physics_iq(generated, true, second)
-    for name, values in official_procedure(generated, true, second).items():
+    for name, values in plain_physics_iq(generated, true, second).items():
         assert found[name].values.tolist() == pytest.approx(values, abs=1e-7), name
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from physnb.checkpoint import CONFIG, RESULT, WEIGHTS, load_model, model_hash, save_model
+from physnb.choices import ChoiceStore
 from physnb.store import (
     TrialStore,
     prepare_folder,
@@ -208,32 +209,37 @@ while True:
         assert left == 0
 
 
-def test_store_of_another_schema_is_refused_and_kept(tmp_path):
+STORES = [(TrialStore, "trial store"), (ChoiceStore, "choice store")]
+
+
+@pytest.mark.parametrize("store, kind", STORES)
+def test_store_of_another_schema_is_refused_and_kept(tmp_path, store, kind):
     path = tmp_path / "t.sqlite"
-    with TrialStore(path) as store:
-        store.write("a", ["x"], [1.0])
-        store.connection.execute("PRAGMA user_version=7")
-    with pytest.raises(ValueError, match=r"t.sqlite has schema version 7, not 1"):
-        TrialStore(path)
-    with sqlite3.connect(path) as connection:
-        assert connection.execute("SELECT value FROM trials").fetchall() == [(1.0,)]
+    with store(path) as opened:
+        opened.connection.execute("PRAGMA user_version=7")
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"t.sqlite has schema version 7, not \d"):
+        store(path)
+    assert path.read_bytes() == before
 
 
-def test_file_that_is_no_database_is_refused_and_kept(tmp_path):
+@pytest.mark.parametrize("store, kind", STORES)
+def test_file_that_is_no_database_is_refused_and_kept(tmp_path, store, kind):
     path = tmp_path / "notes.txt"
     path.write_text("my notes " * 200)
-    with pytest.raises(ValueError, match=r"notes.txt is not a trial store .*; choose another file"):
-        TrialStore(path)
+    with pytest.raises(ValueError, match=rf"notes.txt is not a {kind} .*; choose another file"):
+        store(path)
     assert path.read_text() == "my notes " * 200
 
 
-def test_database_of_another_program_is_refused_and_kept(tmp_path):
+@pytest.mark.parametrize("store, kind", STORES)
+def test_database_of_another_program_is_refused_and_kept(tmp_path, store, kind):
     path = tmp_path / "photos.sqlite"
     with sqlite3.connect(path) as connection:
         connection.execute("CREATE TABLE photos (name TEXT)")
     before = path.read_bytes()
-    with pytest.raises(ValueError, match=r"photos.sqlite"):
-        TrialStore(path)
+    with pytest.raises(ValueError, match=r"photos.sqlite is the database of another program"):
+        store(path)
     assert path.read_bytes() == before
 
 

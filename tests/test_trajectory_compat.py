@@ -1,38 +1,22 @@
 """phyworld's evaluator: its published digits, and a slow version that follows it frame by frame."""
 
 from dataclasses import replace
+from functools import partial
 
+import discs
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from physnb.data import CAPTIONS, Clip, DiscState, render, simulate
-from physnb.data.worlds import frame_times
+from physnb.data import Clip, simulate
 from physnb.metrics import metric_trajectory
 from physnb.metrics.trajectory import bucket_table
 from physnb.metrics.trajectory_compat import QUANTITIES, parse_as_phyworld, phyworld_row
 
-
-def clip_of(state: DiscState, scenario: str = "uniform", size: int = 64) -> Clip:
-    clips = len(state.radii)
-    return Clip(
-        frames=render(state, size, edge="phyworld"),
-        captions=(CAPTIONS[scenario],) * clips,
-        scenarios=(scenario,) * clips,
-        buckets=("id",) * clips,
-        indices=torch.arange(clips),
-        state=state,
-    )
-
-
-def one_disc(speed: float = 2.0, radius: float = 1.0, x: float = 2.0, y: float = 4.0, frames: int = 31) -> DiscState:
-    positions, velocities = (torch.full((1, frames, 2, 2), torch.nan) for _ in range(2))
-    positions[0, :, 0, 0] = x + speed * torch.from_numpy(frame_times(frames)).float()
-    positions[0, :, 0, 1] = y
-    velocities[0, :, 0] = torch.tensor([speed, 0.0])
-    return DiscState(positions, velocities, torch.tensor([[radius, torch.nan]]), torch.tensor([torch.nan]))
+clip_of = partial(discs.clip_of, edge="phyworld")
+one_disc = partial(discs.one_disc, frames=31)
 
 
 def measure(generated: Clip, true: Clip) -> dict[str, float]:

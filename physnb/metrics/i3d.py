@@ -7,9 +7,8 @@ i3d_pretrained_400.pt of songweige/TATS, which follow piergiaj/pytorch-i3d: `Mix
 from __future__ import annotations
 
 import hashlib
-import os
 import pickle
-import tempfile
+import shutil
 import urllib.request
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from physnb.config import require
+from physnb.store import written_whole
 
 WEIGHTS_URL = (
     "https://github.com/songweige/TATS/raw/03bbce1daa3da7e9bff8221e9ec433df9484817f/tats/fvd/i3d_pretrained_400.pt"
@@ -136,8 +136,9 @@ def load_i3d(path: str | Path, sha256: str | None = None) -> InceptionI3D:
     """
     path = Path(path)
     require(path.is_file(), f"I3D weights {path} do not exist; download_i3d(path) fetches them from {WEIGHTS_URL}")
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    require(sha256 is None or found == sha256.lower(), f"{path} has sha256 {found}, not the {sha256} asked for")
+    if sha256 is not None:
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        require(found == sha256.lower(), f"{path} has sha256 {found}, not the {sha256} asked for")
     try:
         is_safe = path.suffix == ".safetensors"
         weights = load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
@@ -179,18 +180,13 @@ def download_i3d(path: str | Path, url: str = WEIGHTS_URL) -> Path:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
+    with written_whole(path) as part:
         try:
-            with os.fdopen(handle, "wb") as file, urllib.request.urlopen(url, timeout=60) as response:
-                while block := response.read(1 << 20):
-                    file.write(block)
+            with part.open("wb") as file, urllib.request.urlopen(url, timeout=60) as response:
+                shutil.copyfileobj(response, file)
         except OSError as error:
             raise ValueError(
                 f"I3D weights could not be fetched ({error}); fetch {url} where there is a network and pass its path"
             ) from None
         require(is_published(part), f"what {url} sent is not the published i3d_pretrained_400.pt; nothing was kept")
-        os.replace(part, path)
-    finally:
-        Path(part).unlink(missing_ok=True)
     return path

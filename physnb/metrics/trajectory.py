@@ -20,14 +20,13 @@ from physnb.config import choose, require
 from physnb.data import FRAME_STEP_S, WORLD_SIZE, Clip, DiscState
 from physnb.data.worlds import frame_times
 from physnb.metrics.scores import Scores, scores
-from physnb.metrics.trajectory_compat import score_as_phyworld, skipped_by_phyworld
+from physnb.metrics.trajectory_compat import CHUNK_PIXELS, score_as_phyworld, skipped_by_phyworld
 from physnb.statistics import Estimate, bootstrap_mean
 
 MODES = ("clean", "compat")
 PRESENT_AREA = 0.25  # a disc with less than this share of its true area counts as missing
 TRACKING_CAP = 5.0  # world units: an absent disc counts as this far off in tracking_error, and no disc as further
 MIN_FIT_FRAMES = 3  # frames that a fitted velocity needs
-CHUNK_PIXELS = 2**17  # parsed at a time: few enough to stay in a processor's cache, many enough to be worth a call
 BUCKETS = ("id", "r", "v", "rv")  # Clip.buckets of the worlds
 
 

@@ -283,7 +283,7 @@ def detectable_error(
     resolves beyond natural variation. With the mean d and standard deviation s of these differences (positive where
     worse), a two-sided 5 % test on n clips has power Phi(d sqrt(n) / s - 1.96), by the normal approximation; n is
     `clips` times the share of clips judged in both. Rows: error, difference d, spread s, judged, power (NaN where under
-    2 clips are judged, and then not seen).
+    2 clips are judged, and then not seen) and clips_needed for `power`, infinite where the error is not even worse.
     Raises ValueError for set-level metrics, under 2 clips, and errors or power out of range.
     """
     require(len(true) > 1, f"a spread needs at least 2 clips, got {len(true)}")
@@ -297,12 +297,15 @@ def detectable_error(
         faster = replace(speed_up(true, error, frames_given=frames_given, edge=edge), state=None)
         worse = (metric(faster).values - base.values).double().numpy() * (1 if base.lower_is_better else -1)
         worse = worse[~np.isnan(worse)]
-        row = dict(error=error, difference=np.nan, spread=np.nan, judged=len(worse), power=np.nan)
+        row = dict(error=error, difference=np.nan, spread=np.nan, judged=len(worse), power=np.nan, clips_needed=np.inf)
         if len(worse) > 1:
             d, s = float(worse.mean()), float(worse.std(ddof=1))
             root = np.sqrt(clips * len(worse) / len(true))
             distance = d * root / s if s > 0 else np.inf * np.sign(d) if d else 0.0
             row |= dict(difference=d, spread=s, power=float(norm.cdf(distance - TWO_SIDED)))
+            if d > 0:
+                seen = ((TWO_SIDED + float(norm.ppf(power))) * s / d) ** 2
+                row["clips_needed"] = max(2.0, seen * len(true) / len(worse))
         rows.append(row)
     unseen = [i for i, row in enumerate(rows) if not row["power"] >= power]
     seen = rows[unseen[-1] + 1 :] if unseen else rows  # from this error on every larger one is seen too

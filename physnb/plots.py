@@ -14,6 +14,7 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 from torch import Tensor
 
 from physnb.config import HeadSet, require
@@ -259,6 +260,31 @@ def plot_ladder(ladders: Mapping[str, Sequence], uses: Mapping[str, str], column
             axis.set_xlabel("worse than a second take\n(share of worst rung)", fontsize=7)
     handles = [Line2D([], [], color=colour, marker="o", markersize=4) for colour in OUTCOME_COLOURS.values()]
     figure.legend(handles, list(OUTCOME_COLOURS), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    return figure
+
+
+def plot_sensitivity(rows: Mapping[str, Sequence[Mapping[str, float]]], clips: int, power: float) -> Figure:
+    """How many clips each metric needs to see a speed error; `rows` of `ladder.detectable_error` by metric.
+
+    The dashed line is at `clips`. Errors that a metric does not rate worse at all have no point. Metrics stand a little
+    apart, for many need the fewest clips that have a spread, 2.
+    """
+    figure, axes = new_figure(7, 3.6)
+    axis = axes[0, 0]
+    for number, (name, found) in enumerate(rows.items()):
+        shift = 1 + 0.03 * (number - (len(rows) - 1) / 2)
+        points = [(row["error"] * shift, row["clips_needed"]) for row in found if np.isfinite(row["clips_needed"])]
+        style = dict(color=PALETTE[number % len(PALETTE)], marker="os^Dv"[number // len(PALETTE) % 5], markersize=5)
+        axis.plot(*zip(*points, strict=True) if points else ([], []), label=name.replace("_", " "), **style)
+    axis.axhline(clips, color="black", linestyle="--", linewidth=0.8)
+    axis.set(xscale="log", yscale="log", xlabel="speed error (share)", ylabel=f"clips needed for {power:.0%} power")
+    errors = sorted({row["error"] for found in rows.values() for row in found})
+    axis.set_xticks(errors, [f"{error:g}" for error in errors])
+    axis.xaxis.minorticks_off()
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(ScalarFormatter())
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     return figure
 
 

@@ -310,6 +310,9 @@ def test_power_follows_the_normal_approximation(true):
     d, s = float((drawn + 1).mean()), float((drawn + 1).std())
     assert found.rows[0]["power"] == pytest.approx(float(norm.cdf(d * 3 / s - 1.96)))
     assert (found.rows[0]["difference"], found.rows[0]["spread"]) == (pytest.approx(d), pytest.approx(s))
+    needed = found.rows[0]["clips_needed"]
+    again = detectable_error(metric, true, clips=math.ceil(needed), errors=(0.5,)).rows[0]["power"]
+    assert again == pytest.approx(float(norm.cdf(d * math.sqrt(math.ceil(needed)) / s - 1.96))) and again >= 0.95
 
 
 def test_tracking_error_sees_small_speed_errors_and_more_clips_see_smaller_ones():
@@ -328,6 +331,7 @@ def test_tracking_error_sees_small_speed_errors_and_more_clips_see_smaller_ones(
 def test_a_blind_metric_sees_no_error(true):
     blind = detectable_error(lambda made: scores("blind", "", torch.zeros(len(made)), "?"), true, clips=100)
     assert blind.smallest is None and all(row["power"] < 0.05 for row in blind.rows)
+    assert all(row["clips_needed"] == math.inf for row in blind.rows)
     absent = detectable_error(lambda made: scores("none", "", torch.full((6,), torch.nan), "absent"), true, clips=100)
     assert absent.smallest is None and all(row["judged"] == 0 and math.isnan(row["power"]) for row in absent.rows)
 

@@ -7,7 +7,7 @@ from physnb.data import Clip, simulate
 from physnb.data.takes import second_take
 from physnb.ladder import RUNGS, make_rung
 from physnb.metrics.physics_iq import metric_physics_iq
-from physnb.plots import plot_correlations, plot_ladder
+from physnb.plots import plot_correlations, plot_ladder, plot_sensitivity
 from physnb.standings import aligned_scores, bench_metrics, judges, plain_physics_iq, rank_judges, set_judges
 
 HUNTING = ("position_error", "velocity_error", "tracking_error", "physics_iq_verified", "reward")
@@ -94,3 +94,9 @@ def test_figures_have_a_panel_a_metric_and_brackets_where_undecided(standings):
     rho = torch.tensor([[1.0, 0.5, math.nan], [0.5, 1.0, -0.7], [math.nan, -0.7, 1.0]])
     figure = plot_correlations(["a", "b", "c"], rho, rho - 0.6, rho + 0.6)
     assert {text.get_text() for text in figure.axes[0].texts} == {"(0.50)", "-0.70"}
+    rows = {name: s.sensitivity.rows for name, s in standings.items() if s.sensitivity is not None}
+    axis = plot_sensitivity(rows, clips=48, power=0.95).axes[0]
+    drawn = {line.get_label(): len(line.get_xdata()) for line in axis.lines[:-1]}
+    count = {name: sum(row["clips_needed"] < math.inf for row in found) for name, found in rows.items()}
+    worse = {name.replace("_", " "): points for name, points in count.items()}
+    assert drawn == worse and max(worse.values()) > 0

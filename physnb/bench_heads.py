@@ -6,7 +6,6 @@ matrix operations of both sides; norms, activations and memory traffic are left 
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -15,8 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from physnb.bench import operations, seconds_of, spread
 from physnb.config import Guidance, HeadId, ModelConfig, Perturbation, require
@@ -60,52 +57,11 @@ def explicit_maps(model: VideoDiT, perturbation: Perturbation):
             module.processor = before[layer]
 
 
-class PeakMemory(TorchDispatchMode):
-    """The most bytes of tensors made inside the block that were alive at once, on a CPU, which keeps no count itself.
-
-    Scratch memory inside an operation is not seen.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        output = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self.known:
-                    self.known.add(storage._cdata)
-                    self.live += storage.nbytes()
-                    weakref.finalize(storage, self.freed, storage._cdata, storage.nbytes())
-        self.peak = max(self.peak, self.live)
-        return output
-
-    def freed(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.live -= size
-
-
 def predicted_ratio(config: ModelConfig, first: int) -> float:
     """Operations of two separate passes over those of one that forks before block `first`."""
     embed, block, head = operations(config)
     ours = embed + first * block + 2 * ((config.depth - first) * block + head)
     return 2 * (embed + config.depth * block + head) / ours
-
-
-def peak_megabytes(work: Callable[[], Any], device: torch.device) -> float:
-    """Peak memory of `work` in MB (10^6 bytes) above what was there before, the weights for example."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
-    with PeakMemory() as meter:
-        work()
-    return meter.peak / 1e6
 
 
 def bench_heads(
@@ -135,7 +91,7 @@ def bench_heads(
             for _ in range(rounds + 1):
                 for name, step in work.items():
                     times[name].append(seconds_of(step))
-            memory = {name: peak_megabytes(step, device) for name, step in work.items()}
+            memory = {name: peak_bytes(step, device) / 1e6 for name, step in work.items()}
             for baseline in ("separate passes", "explicit maps"):
                 pairs = zip(times[baseline][1:], times["ours"][1:], strict=True)  # the first turn warms up
                 rows.append(

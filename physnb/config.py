@@ -20,6 +20,7 @@ SPLITS = ("train", "id", "ood")  # "id" has the ranges of "train" and other clip
 PERTURBATION_KINDS = ("identity", "uniform", "mean_query", "blur", "temperature", "zero")
 AXES = ("all", "space", "time")
 SCOPES = ("all", "video_rows", "video_block")
+SEARCHES = ("exhaustive", "race")
 SOLVERS = ("euler", "heun", "unipc", "dpmsolver++")
 
 
@@ -253,11 +254,17 @@ class HuntConfig:
 
     scenarios: tuple[str, ...] = SCENARIOS
     split: str = "ood"
+    objective: str = "tracking_error"  # see physnb.objectives
     selection_cases: int = 24  # a scenario; heads are chosen on these
     confirmation_cases: int = 64  # a scenario; the final table is made on these, never on the others
-    top_k: int = 8
+    top_k: int = 8  # heads that a round keeps
+    rounds: int = 1  # HeadHunter's R: later rounds add heads to those kept before
+    search: str = "exhaustive"  # or "race": heads that can no longer reach the top k get no further cases
+    confidence: float = 0.9  # of a race: the chance that its top k are those of the exhaustive search
     weight: float = 2.0  # guidance weight w
     strength: float = 1.0  # perturbation strength u
+    kind: str = "identity"  # of the perturbation
+    axis: str = "all"
     steps: int = 5  # sampling steps
     random_draws: int = 3  # random head sets in the controls
     frames_given: int = 3
@@ -269,11 +276,17 @@ class HuntConfig:
             choose("scenario", scenario, SCENARIOS)
         require(len(self.scenarios) > 0, "scenarios must name at least one scenario")
         choose("split", self.split, SPLITS)
-        for name in ("selection_cases", "confirmation_cases", "top_k", "steps", "random_draws", "frames_given"):
+        choose("search", self.search, SEARCHES)
+        counts = ("selection_cases", "confirmation_cases", "top_k", "rounds", "steps", "random_draws", "frames_given")
+        for name in counts:
             require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
-        require(0 <= self.strength <= 1, f"perturbation strength u must be in [0, 1], got {self.strength}")
-        require(math.isfinite(self.weight), f"guidance weight must be a finite number, got {self.weight}")
+        require(0 < self.confidence < 1, f"confidence must be in (0, 1), got {self.confidence}")
         require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
+        self.guidance(())  # refuses a weight, strength, kind or axis out of range
+
+    def guidance(self, heads: HeadSet) -> Guidance:
+        """Guidance away from the model whose `heads` are broken."""
+        return Guidance.from_heads(heads, self.weight, self.strength, kind=self.kind, axis=self.axis)
 
 
 @dataclass(frozen=True)

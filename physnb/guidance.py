@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from jaxtyping import Float, Int
@@ -98,26 +99,33 @@ def guided_velocity(
 ) -> Denoiser:
     """A denoiser for `flow.solve`: velocity(z, sigma, progress) under each row's own guidance.
 
-    C, U and every P of the model run in one batch: a P leaves its C at the first layer in which they differ, and rows
-    that ask for nothing cost nothing. others: the networks that OtherModel names.
-    Raises ValueError for a head, layer or network that is not there.
+    C, U and every P of the model run in one batch: a P leaves its C at the first layer in which they differ, rows that
+    see the same input share one C, and rows that ask for nothing cost nothing. others: the networks that OtherModel
+    names. Raises ValueError for a head, layer or network that is not there.
     """
     others = dict(others or {})
     for weak in (w for g in guidance for _, w in g.weak if isinstance(w, OtherModel)):
         choose("guiding model", weak.name, others)
-    plain = Plan(model, [], len(guidance))
-    plan = Plan(model, guidance_terms(guidance), len(guidance))
+    terms = guidance_terms(guidance)
+    twins = first_twins(start, given, caption_ids)
+
+    @cache
+    def plan(active: bool, sources: tuple[int, ...]) -> Plan:
+        return Plan(model, terms if active else [], sources)
+
+    plan(True, tuple(range(len(guidance))))  # refuses what the model lacks before the work
 
     def velocity(noised: ClipTensor, sigma: Levels, progress: float = 0.0) -> ClipTensor:
         active = [g.start <= progress < g.stop for g in guidance]
         inputs = dict(sample=noised, sigma=sigma, start=start, given=given, caption_ids=caption_ids)
         with torch.inference_mode():
-            clean = (plan if any(active) else plain).predict(inputs, others)
+            chosen = plan(any(active), same_inputs(twins, noised, sigma))
+            clean = chosen.predict(inputs, others)
             conditional, weak = clean[0], clean[1:]
             if not weak:
                 return velocity_from_clean(noised, conditional, sigma)
             on = torch.tensor(active).float()
-            weights = [plan.weights(term) * on for term in plan.terms]
+            weights = [chosen.weights(term) * on for term in chosen.terms]
             guided = combine_predictions(conditional, weak, weights)
             settings = torch.tensor([[g.parallel, g.rescale] for g in guidance])
             if bool((settings[:, 0] != 1).any()):
@@ -129,25 +137,51 @@ def guided_velocity(
     return velocity
 
 
-class Plan:
-    """How the predictions of all terms are made in as few rows as possible."""
+def first_twins(*conditions: Tensor) -> list[int]:
+    """For every row of a batch the first row whose conditions have the same bits."""
+    firsts: dict[tuple[bytes, ...], int] = {}
+    arrays = [condition.detach().float().cpu().numpy() for condition in conditions]
+    return [firsts.setdefault(tuple(a[row].tobytes() for a in arrays), row) for row in range(len(conditions[0]))]
 
-    def __init__(self, model: VideoDiT, terms: list[Term], batch: int):
-        self.model, self.terms, self.batch = model, terms, batch
+
+def same_inputs(twins: list[int], noised: ClipTensor, sigma: Levels) -> tuple[int, ...]:
+    """For every row the row whose whole input it shares: its twin while their noised clips and levels are equal.
+
+    So it is in the first step of a hunt, where every head starts from the noise of its case, and in all of a loss.
+    """
+    rows = range(len(twins))
+    if twins == list(rows):
+        return tuple(rows)
+    index = torch.tensor(twins, device=noised.device)
+    equal = (noised == noised[index]).flatten(1).all(1) & (sigma == sigma[index])
+    return tuple(twin if same else row for row, twin, same in zip(rows, twins, equal.tolist(), strict=True))
+
+
+class Plan:
+    """How the predictions of all terms are made in as few rows as possible; row b has the input of row sources[b]."""
+
+    def __init__(self, model: VideoDiT, terms: list[Term], sources: Sequence[int]):
+        self.model, self.terms, self.sources = model, terms, list(sources)
         mine = [(term, i) for term in terms for i, weak in enumerate(term.weak) if not isinstance(weak, OtherModel)]
-        without_caption = [(term, i) for term, i in mine if term.weak[i] is None]
         broken = [(term, i) for term, i in mine if term.weak[i] is not None]
-        self.order = [*without_caption, *broken]  # of the rows after those of C
-        # rows of the batch before the fork: C, then U; after it: the same, then every P, which was its C till then
-        self.before = torch.tensor([*range(batch), *(term.rows[i] for term, i in without_caption)])
-        self.captions = torch.tensor([True] * batch + [False] * len(without_caption))
+        without_caption = [(term, i) for term, i in mine if term.weak[i] is None]
+        # Before the fork every input once, with its caption and, where asked for, without; after it also every P.
+        inputs = list(dict.fromkeys(self.sources))
+        bare = list(dict.fromkeys(self.sources[term.rows[i]] for term, i in without_caption))
+        place = {row: number for number, row in enumerate(inputs)}
+        place_bare = {row: len(inputs) + number for number, row in enumerate(bare)}
+        self.before = torch.tensor(inputs + bare)
+        self.captions = torch.tensor([True] * len(inputs) + [False] * len(bare))
+        self.conditional = torch.tensor([place[source] for source in self.sources])
+        self.places = {(id(term), term.rows[i]): place_bare[self.sources[term.rows[i]]] for term, i in without_caption}
+        self.places |= {(id(term), term.rows[i]): len(self.before) + n for n, (term, i) in enumerate(broken)}
         weak = [None] * len(self.before) + [term.weak[i] for term, i in broken]
         self.strengths = strength_tables(model, [w if isinstance(w, Perturbation) else None for w in weak])
         self.skips = [w if isinstance(w, LayerSkip) else None for w in weak]
         self.fork = None
         if broken:
             layer = min(first_layer(model, term.weak[i]) for term, i in broken)
-            copies = [*range(len(self.before)), *(term.rows[i] for term, i in broken)]
+            copies = [*range(len(self.before)), *(place[self.sources[term.rows[i]]] for term, i in broken)]
             self.fork = Fork(layer, torch.tensor(copies, device=model.device))
 
     def predict(self, inputs: dict[str, Tensor], others: Mapping[str, VideoDiT]) -> list[ClipTensor]:
@@ -161,19 +195,22 @@ class Plan:
             if any(self.skips):
                 stack.enter_context(skip_layers(self.model, self.skips))
             clean = self.model(**before, fork=self.fork).sample
-        conditional, rest = clean[: self.batch], clean[self.batch :]
-        predictions = {id(term): conditional.clone() for term in self.terms}
-        for (term, i), row in zip(self.order, rest, strict=True):
-            predictions[id(term)][term.rows[i]] = row
+        conditional = clean[self.conditional.to(rows.device)]
+        predictions = [conditional]
         for term in self.terms:
+            prediction = conditional.clone()
+            known = [row for row in term.rows if (id(term), row) in self.places]
+            prediction[known] = clean[[self.places[id(term), row] for row in known]]
             for name in dict.fromkeys(weak.name for weak in term.weak if isinstance(weak, OtherModel)):
                 mine = [row for row, weak in zip(term.rows, term.weak, strict=True) if weak == OtherModel(name)]
-                part = {key: value[mine] for key, value in inputs.items()}
-                predictions[id(term)][mine] = others[name](**part).sample
-        return [conditional, *(predictions[id(term)] for term in self.terms)]
+                seen = list(dict.fromkeys(self.sources[row] for row in mine))
+                part = others[name](**{key: value[seen] for key, value in inputs.items()}).sample
+                prediction[mine] = part[[seen.index(self.sources[row]) for row in mine]]
+            predictions.append(prediction)
+        return predictions
 
     def weights(self, term: Term) -> Float[Tensor, " batch"]:
         """The weight of a term in every row, 0 where it does not concern it."""
-        weights = torch.zeros(self.batch)
+        weights = torch.zeros(len(self.sources))
         weights[term.rows] = torch.tensor(term.weights)
         return weights

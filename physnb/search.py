@@ -1,84 +1,62 @@
-"""Hunting heads: break one at a time, guide away from it, keep the heads whose guidance helps most.
+"""Hunting heads: break them, guide away from the broken model, keep the heads whose guidance helps most.
 
-The plain single-head ranking of HeadHunter (2025, alg. 1 with one round): every head sees the same cases and the same
-noise, so each is judged by paired differences to the shared unguided clips. Heads are chosen on selection cases and
-judged on confirmation cases; the two never overlap.
+    rank_heads      every head on every selection case: the plain single-head ranking
+    race_heads      the same top k for fewer cases: heads that can no longer reach it, or fall out of it, stop early
+    hunt_heads      HeadHunter (2025, alg. 1): rounds of either, each adding its k best heads to those kept before
+
+Every trial sees the same cases and the same noise, so heads are compared by paired differences. Heads are chosen here,
+on selection cases, and judged by `physnb.confirm` on others.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from scipy.stats import t as student
 from torch import Tensor
-from tqdm import tqdm
 
 from physnb.config import Guidance, HeadId, HeadSet, HuntConfig, head_set, require
-from physnb.data import Clip, simulate
-from physnb.families import check_heads, heads_of
-from physnb.generate import generate
-from physnb.metrics import metric_trajectory
-from physnb.model import VideoDiT
-from physnb.statistics import Estimate, bootstrap_mean, paired_difference
-from physnb.store import TrialStore, read_json
+from physnb.objectives import Objective
+from physnb.statistics import Estimate, bootstrap_mean, cases_needed, detectable_effect, sign_flips
+from physnb.store import read_json
+from physnb.trials import Trials
 
-OBJECTIVE = "tracking_error"
-METRIC_UNITS = {  # the columns of result tables, in order
-    "velocity_error": "units/s",
-    "position_error": "units",
-    "missing_rate": "share",
-    "tracking_error": "units",
-}
-CFG_TEXT_WEIGHT = 1.0  # the control "CFG": published scale 2
-
-
-def selection_cases(model: VideoDiT, hunt: HuntConfig) -> Clip:
-    """The clips that heads are chosen on: the first `selection_cases` of each scenario."""
-    return _cases(model, hunt, range(hunt.selection_cases))
-
-
-def confirmation_cases(model: VideoDiT, hunt: HuntConfig, split: str | None = None) -> Clip:
-    """The clips that the choice is judged on: the next `confirmation_cases`, of `split` or of the hunt's own."""
-    return _cases(model, hunt, range(hunt.selection_cases, hunt.selection_cases + hunt.confirmation_cases), split)
-
-
-def _cases(model: VideoDiT, hunt: HuntConfig, indices: range, split: str | None = None) -> Clip:
-    shape = dict(frames=model.config.frames, size=model.config.size, seed=hunt.seed)
-    return Clip.concatenate([simulate(name, split or hunt.split, indices, **shape) for name in hunt.scenarios])
-
-
-def require_disjoint(selection: Clip, confirmation: Clip) -> None:
-    """Raise ValueError if any case would be used both to choose and to confirm."""
-    names = [set(zip(c.scenarios, c.buckets, c.indices.tolist(), strict=True)) for c in (selection, confirmation)]
-    shared = sorted(names[0] & names[1])
-    require(not shared, f"{len(shared)} cases are used both to choose and to confirm, for example {shared[:1]}")
+FIRST_CASES = 12  # of a race: fewer give no usable spread
+GROWTH = 1.5  # cases of a stage of a race over those of the stage before
 
 
 @dataclass(frozen=True)
 class HeadRanking:
-    """Effect of guiding away from each head alone: objective minus unguided, per case; negative is better.
+    """Effect of guiding away from each head: objective minus unguided, per case, turned so that negative is better.
 
-    effects[i] belongs to heads[i]. Leaves out how heads act together, and the luck of the best (winner's curse).
+    effects[i] belongs to heads[i]; NaN where a case could not be judged, or where a race saved it. kept: heads of
+    earlier rounds, broken together with each. Leaves out how heads act together, and the luck of the best.
     """
 
     heads: HeadSet
     effects: Float[Tensor, "head case"]
-    baseline: Float[Tensor, " case"]
-    objective: str
-    hunt: HuntConfig
+    objective: Objective
+    kept: HeadSet = ()
+
+    @property
+    def label(self) -> str:
+        """What the effects are, for an axis: `tracking error minus unguided (units)`."""
+        name, unit = self.objective.name.replace("_", " "), f" ({self.objective.unit})" if self.objective.unit else ""
+        return f"{name} minus unguided{unit}" if self.objective.lower_is_better else f"unguided minus {name}{unit}"
 
     def estimates(self) -> list[Estimate]:
         """Mean effect of every head with its interval over cases."""
         return [bootstrap_mean(row) for row in self.effects]
 
     def order(self) -> HeadSet:
-        """All heads, most helpful first."""
-        means = self.effects.nanmean(1)
+        """All heads, most helpful first; those that no case could judge come last."""
+        means = self.effects.nanmean(1).nan_to_num(nan=math.inf)
         return tuple(self.heads[i] for i in torch.argsort(means, stable=True).tolist())
 
     def top(self, k: int) -> HeadSet:
@@ -95,164 +73,251 @@ class HeadRanking:
         return table
 
     def to_rows(self) -> list[dict]:
-        """One dict a head, most helpful first, ready for JSON or a table."""
-        estimates = dict(zip(self.heads, self.estimates(), strict=True))
-        return [dict(head=str(head)) | estimates[head].to_dict() for head in self.order()]
+        """One dict a head, most helpful first: head, estimate, and p of a mean below 0, alone and for all heads.
 
-
-def measure(
-    model: VideoDiT, cases: Clip, guidance: Guidance | Sequence[Guidance], hunt: HuntConfig
-) -> dict[str, Float[Tensor, " case"]]:
-    """Trajectory scores by name of the clips generated from `cases` under `guidance`, on the hunt's shared noise."""
-    made = generate(
-        model, cases, frames_given=hunt.frames_given, guidance=guidance, steps=hunt.steps, seed=hunt.seed + 1
-    )
-    return {name: s.values for name, s in metric_trajectory(made, cases, frames_given=hunt.frames_given).items()}
-
-
-def trial_key(model_hash: str, hunt: HuntConfig, objective: str, guidance: Guidance) -> str:
-    """What decides a trial's numbers besides the case, as canonical JSON: rows of other settings never mix."""
-    settings = asdict(hunt)
-    for name in ("top_k", "random_draws", "selection_cases", "confirmation_cases", "weight", "strength"):
-        settings.pop(name)  # they choose trials and do not change one
-    return json.dumps(
-        dict(model=model_hash, settings=settings, objective=objective, guidance=asdict(guidance)), sort_keys=True
-    )
-
-
-def hunt_heads(
-    model: VideoDiT,
-    hunt: HuntConfig,
-    *,
-    heads: HeadSet | None = None,
-    store: TrialStore | None = None,
-    model_hash: str = "",
-    objective: str = OBJECTIVE,
-    batch_size: int = 64,
-    progress: bool = True,
-) -> HeadRanking:
-    """The effect of every head of `heads` (default: all) on the selection cases.
-
-    Many heads run in one batch, each row with its own. With a `store`, each head's scores are written as they finish
-    and read back next time, so a killed hunt goes on where it stopped.
-    Raises ValueError for a head that the model lacks.
-    """
-    require(store is None or bool(model_hash), "a trial store needs model_hash, so that models never mix in it")
-    heads = heads_of(model) if heads is None else check_heads(model, head_set(heads))
-    cases = selection_cases(model, hunt)
-    trials = [Guidance()] + [Guidance.from_heads([h], hunt.weight, hunt.strength) for h in heads]
-    keys = [trial_key(model_hash, hunt, objective, trial) for trial in trials]
-    names = [f"{s}/{i}" for s, i in zip(cases.scenarios, cases.indices.tolist(), strict=True)]
-    found = {} if store is None else {i: store.read(key, names) for i, key in enumerate(keys)}
-    found = {i: torch.tensor(values) for i, values in found.items() if values is not None}
-    pending = [i for i in range(len(trials)) if i not in found]
-    together = max(1, batch_size // len(cases))  # head sets evaluated in one batch
-    bar = tqdm(total=len(trials), initial=len(found), disable=not progress, unit="head", desc="hunt")
-    for first in range(0, len(pending), together):
-        group = pending[first : first + together]
-        rows = [trials[i] for i in group for _ in range(len(cases))]
-        values = measure(model, Clip.concatenate([cases] * len(group)), rows, hunt)[objective]
-        for i, row in zip(group, values.view(len(group), -1), strict=True):
-            found[i] = row
-            if store is not None:
-                store.write(keys[i], names, row.tolist())
-            bar.update()
-    bar.close()
-    baseline = found[0]
-    effects = torch.stack([found[i + 1] - baseline for i in range(len(heads))])
-    return HeadRanking(heads, effects, baseline, objective, hunt)
-
-
-def random_head_sets(model: VideoDiT, k: int, draws: int, seed: int) -> list[HeadSet]:
-    """`draws` sets of k heads drawn without replacement: the control for having chosen."""
-    heads, generator = heads_of(model), np.random.default_rng(seed)
-    require(1 <= k <= len(heads), f"a set of {k} heads cannot be drawn from {len(heads)}")
-    return [head_set([heads[i] for i in generator.choice(len(heads), k, replace=False)]) for _ in range(draws)]
-
-
-def control_arms(model: VideoDiT, hunt: HuntConfig, hunted: HeadSet) -> dict[str, list[Guidance]]:
-    """Every method of the final table by name; several guidances are draws to be averaged case by case."""
-    k, w, u = len(hunted), hunt.weight, hunt.strength
-    draws = random_head_sets(model, k, hunt.random_draws, hunt.seed)
-    return {
-        "unguided": [Guidance()],
-        "CFG": [Guidance(text_weight=CFG_TEXT_WEIGHT)],
-        f"{k} random heads": [Guidance.from_heads(heads, w, u) for heads in draws],
-        "all heads": [Guidance.from_heads(heads_of(model), w, u)],
-        f"{k} hunted heads": [Guidance.from_heads(hunted, w, u)],
-    }
+        The p values are `statistics.sign_flips`; where a race saved cases they are of those that were run, which were
+        not fixed beforehand, so they describe and do not prove: that is what confirmation is for.
+        """
+        columns = zip(self.heads, self.estimates(), *sign_flips(self.effects), strict=True)
+        rows = {
+            head: dict(head=str(head)) | estimate.to_dict() | dict(p=float(alone), p_all_heads=float(corrected))
+            for head, estimate, alone, corrected in columns
+        }
+        return [rows[head] for head in self.order()]
 
 
 @dataclass(frozen=True)
-class ArmResult:
-    """One method on the confirmation cases: per-case values by metric, and the same of the unguided clips."""
+class RaceStage:
+    """What a race knew after one stage: cases a head, and how many heads were safely in, safely out, or still ran."""
 
-    name: str
-    values: dict[str, Float[Tensor, " case"]]
-    baseline: dict[str, Float[Tensor, " case"]]
-
-    def estimate(self, metric: str, rows: list[int] | None = None) -> Estimate:
-        """Mean over cases (or `rows` of them) with its interval."""
-        values = self.values[metric]
-        return bootstrap_mean(values if rows is None else values[rows])
-
-    def difference(self, metric: str, rows: list[int] | None = None) -> Estimate:
-        """Mean paired difference to unguided; negative is better."""
-        pair = self.values[metric], self.baseline[metric]
-        return paired_difference(*(pair if rows is None else (v[rows] for v in pair)))
-
-    def to_row(self, rows: list[int] | None = None) -> dict:
-        """Estimates and differences of all table metrics as one dict, ready for JSON."""
-        return dict(method=self.name) | {
-            metric: self.estimate(metric, rows).to_dict()
-            | {"difference": None if self.name == "unguided" else self.difference(metric, rows).to_dict()}
-            for metric in METRIC_UNITS
-        }
+    cases: int
+    settled: int
+    dropped: int
+    running: int
 
 
-def confirm(
-    model: VideoDiT, hunt: HuntConfig, hunted: HeadSet, *, cases: Clip | None = None, progress: bool = True
-) -> list[ArmResult]:
-    """The hunted heads beside their controls, on cases never used for choosing; the first result is unguided.
+@dataclass(frozen=True)
+class Race:
+    """The winners of a race, its ranking with NaN where it saved a row, and how it went."""
 
-    Raises ValueError if `cases` shares one with the hunt's selection cases.
+    winners: HeadSet
+    ranking: HeadRanking
+    stages: tuple[RaceStage, ...]
+
+    @property
+    def rows(self) -> int:
+        """Head and case rows that were needed."""
+        return int((~self.ranking.effects.isnan()).sum())
+
+
+@dataclass(frozen=True)
+class Hunt:
+    """Rankings round by round, and the heads kept: those of the first round first."""
+
+    rounds: tuple[HeadRanking, ...]
+    picked: HeadSet
+    races: tuple[Race, ...] = ()
+
+    @property
+    def ranking(self) -> HeadRanking:
+        """Every head alone: the first round."""
+        return self.rounds[0]
+
+    @property
+    def heads(self) -> HeadSet:
+        """The hunted heads as a head set."""
+        return head_set(self.picked)
+
+
+Guide = Callable[[HeadSet], Guidance]  # the trial of a head set: `HuntConfig.guidance`
+
+
+def check_subject_heads(trials: Trials, heads: Sequence[HeadId] | None) -> HeadSet:
+    """`heads`, or all of the subject; raises ValueError naming the first that it lacks."""
+    known = trials.subject.heads
+    heads = known if heads is None else head_set(heads)
+    for head in heads:
+        last = max(h.layer for h in known), max(h.head for h in known)
+        require(
+            head in known, f"head {head} does not exist: the model has layers 0 to {last[0]} with heads 0 to {last[1]}"
+        )
+    return heads
+
+
+def measure_effects(
+    trials: Trials, guidances: Sequence[Guidance], cases: Sequence[int] | None = None, label: str = "trials"
+) -> Float[Tensor, "trial case"]:
+    """Objective of each trial minus that of no guidance, case by case, turned so that negative is better.
+
+    NaN where either could not be judged; throughout, where that is so of more than half of the cases that the unguided
+    clips could be judged on: a mean over the few that are left would say little, and absence must not win.
     """
-    cases = confirmation_cases(model, hunt) if cases is None else cases
-    require_disjoint(selection_cases(model, hunt), cases)
-    results: list[ArmResult] = []
-    for name, guidances in tqdm(
-        control_arms(model, hunt, check_heads(model, hunted)).items(),
-        disable=not progress,
-        unit="method",
-        desc="confirm",
-    ):
-        runs = [measure(model, cases, guidance, hunt) for guidance in guidances]
-        values = {metric: torch.stack([run[metric] for run in runs]).nanmean(0) for metric in METRIC_UNITS}
-        results.append(ArmResult(name, values, results[0].values if results else values))
-    return results
+    baseline, *values = trials.scores([Guidance(), *guidances], cases, label=label)
+    effects = trials.subject.objective.sign * (torch.stack(values) - baseline)
+    judged = (~effects.isnan()).sum(1, keepdim=True)
+    return torch.where(2 * judged >= (~baseline.isnan()).sum(), effects, torch.nan)
 
 
-def strength_surface(
-    model: VideoDiT,
-    hunt: HuntConfig,
-    heads: HeadSet,
-    weights: Sequence[float],
-    strengths: Sequence[float],
+def rank_heads(
+    trials: Trials, guide: Guide, heads: Sequence[HeadId] | None = None, *, kept: HeadSet = ()
+) -> HeadRanking:
+    """The effect of every head, broken together with `kept`, on all cases; heads in `kept` are left out."""
+    pool = tuple(head for head in check_subject_heads(trials, heads) if head not in kept)
+    require(len(pool) > 0, "no head is left to rank")
+    effects = measure_effects(trials, [guide(head_set((*kept, head))) for head in pool], label="hunt")
+    return HeadRanking(pool, effects, trials.subject.objective, kept)
+
+
+def race_heads(
+    trials: Trials,
+    guide: Guide,
+    k: int,
+    heads: Sequence[HeadId] | None = None,
     *,
-    cases: Clip | None = None,
-    progress: bool = True,
-) -> dict[tuple[float, float], ArmResult]:
-    """The head set's effect on the confirmation cases at every (weight w, strength u), by (w, u)."""
-    cases = confirmation_cases(model, hunt) if cases is None else cases
-    require_disjoint(selection_cases(model, hunt), cases)
-    baseline = measure(model, cases, Guidance(), hunt)
-    grid = [(w, u) for w in weights for u in strengths]
-    surface = {}
-    for w, u in tqdm(grid, disable=not progress, unit="point", desc="surface"):
-        off = w == 0 or u == 0
-        values = baseline if off else measure(model, cases, Guidance.from_heads(heads, w, u), hunt)
-        surface[w, u] = ArmResult(f"w={w:g} u={u:g}", values, baseline)
-    return surface
+    kept: HeadSet = (),
+    confidence: float = 0.9,
+    seed: int = 0,
+) -> Race:
+    """The k heads that `rank_heads` would put first, with a chance of about `confidence`, for fewer rows.
+
+    Successive elimination with paired differences. Cases come in an order drawn by `seed`, FIRST_CASES of them for
+    every head, GROWTH times as many in every later stage. After a stage a head outside the top k is dropped where its
+    mean exceeds that of the k-th best head beyond doubt, and one inside is settled where that of the (k + 1)-th best
+    exceeds its own. Beyond doubt: Student's t interval of the paired difference, level (1 - confidence) over heads and
+    stages (Bonferroni), with the standard error scaled by sqrt((N - n) / (N - 1)), for the n cases are drawn without
+    replacement from the N that the exhaustive search would average over: at n = N nothing is left to doubt.
+    Approximate where differences are far from normal, and as the k-th best is itself an estimate. A case that could not
+    be judged for either of two heads leaves their difference.
+    """
+    pool = tuple(head for head in check_subject_heads(trials, heads) if head not in kept)
+    require(1 <= k <= len(pool), f"top k must be in [1, {len(pool)}], the heads to hunt, got {k}")
+    require(0 < confidence < 1, f"confidence must be in (0, 1), got {confidence}")
+    count = len(trials.cases)
+    order = np.random.default_rng(seed).permutation(count).tolist()
+    sizes = stage_sizes(count)
+    level = (1 - confidence) / (len(pool) * len(sizes))
+    effects = torch.full((len(pool), count), torch.nan)
+    running, settled, stages = list(range(len(pool))), [], []
+    for size in sizes:
+        cases = order[:size]
+        found = measure_effects(trials, [guide(head_set((*kept, pool[i]))) for i in running], cases, label="race")
+        for i, row in zip(running, found, strict=True):
+            effects[i, cases] = row
+        running.sort(key=lambda i: float(effects[i].nanmean().nan_to_num(nan=math.inf)))
+        wanted = k - len(settled)
+        inside, outside = running[:wanted], running[wanted:]
+        if outside:
+            last, first = inside[-1], outside[0]
+            safe = [i for i in inside if surely_below(effects[i, cases], effects[first, cases], count, level)]
+            lost = [i for i in outside if surely_below(effects[last, cases], effects[i, cases], count, level)]
+            settled += safe
+            running = [i for i in running if i not in safe and i not in lost]
+        stages.append(RaceStage(size, len(settled), len(pool) - len(settled) - len(running), len(running)))
+        if len(settled) + len(running) == k or len(settled) == k or size == count:
+            break
+    winners = [*settled, *running[: k - len(settled)]]
+    ranking = HeadRanking(pool, effects, trials.subject.objective, kept)
+    return Race(head_set([pool[i] for i in winners]), ranking, tuple(stages))
+
+
+def stage_sizes(count: int) -> list[int]:
+    """Cases of every head in the stages of a race over `count` cases; the last is all of them."""
+    sizes = [min(FIRST_CASES, count)]
+    while sizes[-1] < count:
+        sizes.append(min(count, math.ceil(sizes[-1] * GROWTH)))
+    return sizes
+
+
+def surely_below(low: Float[Tensor, " case"], high: Float[Tensor, " case"], count: int, level: float) -> bool:
+    """Whether the mean of `low` over all `count` cases is below that of `high`, beyond doubt at `level` (one-sided)."""
+    difference = (high - low)[~(high - low).isnan()].double()
+    n = len(difference)
+    if n < 2:
+        return n < len(low) and bool(high.isnan().all()) and not bool(low.isnan().all())
+    error = difference.std() / math.sqrt(n) * math.sqrt(max(0, count - len(low)) / max(1, count - 1))
+    return bool(difference.mean() > student.ppf(1 - level, n - 1) * error)
+
+
+def hunt_heads(trials: Trials, hunt: HuntConfig, heads: Sequence[HeadId] | None = None) -> Hunt:
+    """HeadHunter: in each of `hunt.rounds` the `hunt.top_k` heads that help most join those kept before.
+
+    Heads kept before are broken in every trial of a round and are not generated for again. With `hunt.search` "race" a
+    round is a race. Raises ValueError for heads that the model lacks, and for more picks than there are heads.
+    """
+    pool = check_subject_heads(trials, heads)
+    picks = hunt.top_k * hunt.rounds
+    require(
+        picks <= len(pool),
+        f"{hunt.rounds} rounds of top k {hunt.top_k} keep {picks} heads, but there are {len(pool)}; ask for less",
+    )
+    picked: HeadSet = ()
+    rankings, races = [], []
+    for _ in range(hunt.rounds):
+        kept = head_set(picked)
+        if hunt.search == "race":
+            race = race_heads(
+                trials, hunt.guidance, hunt.top_k, pool, kept=kept, confidence=hunt.confidence, seed=hunt.seed
+            )
+            races.append(race)
+            rankings.append(race.ranking)
+            picked += tuple(head for head in race.ranking.order() if head in race.winners)
+        else:
+            rankings.append(rank_heads(trials, hunt.guidance, pool, kept=kept))
+            picked += rankings[-1].order()[: hunt.top_k]
+    return Hunt(tuple(rankings), picked, tuple(races))
+
+
+@dataclass(frozen=True)
+class Power:
+    """What a hunt of some size can see, from the spread of a few heads on a few cases.
+
+    deviation: median over the pilot's heads of the standard deviation of paired differences between cases.
+    """
+
+    deviation: float
+    heads: int
+    cases: int
+    confirmation_cases: int
+    level: float = 0.05
+    power: float = 0.9
+
+    @property
+    def smallest_seen(self) -> float:
+        """The smallest effect of one head that the hunt's cases show, looking at all heads."""
+        return detectable_effect(self.deviation, self.cases, power=self.power, level=self.level, tests=self.heads)
+
+    @property
+    def smallest_confirmed(self) -> float:
+        """The smallest effect of the hunted set that its confirmation cases show."""
+        return detectable_effect(self.deviation, self.confirmation_cases, power=self.power, level=self.level)
+
+    def to_rows(self, effects: Sequence[float]) -> list[dict]:
+        """For each size of effect, the cases to see it among all heads, and to confirm it for one set."""
+        shared = dict(power=self.power, level=self.level)
+        return [
+            dict(
+                effect=effect,
+                cases_to_find=cases_needed(self.deviation, effect, tests=self.heads, **shared),
+                cases_to_confirm=cases_needed(self.deviation, effect, **shared),
+            )
+            for effect in effects
+        ]
+
+
+def pilot_power(trials: Trials, hunt: HuntConfig, *, heads: int = 6, cases: int = 12) -> Power:
+    """The power of a hunt, computed before it from the spread of a few random heads on its first cases.
+
+    Its rows are rows of the hunt, so nothing is run twice. Takes the confirmation to have the same spread.
+    """
+    known, generator = trials.subject.heads, np.random.default_rng(hunt.seed)
+    require(heads > 0 and cases > 1, f"a pilot needs heads and at least 2 cases, got {heads} and {cases}")
+    sample = generator.choice(len(known), min(heads, len(known)), replace=False)
+    numbers = sorted(generator.choice(len(trials.cases), min(cases, len(trials.cases)), replace=False).tolist())
+    effects = measure_effects(trials, [hunt.guidance((known[i],)) for i in sample], numbers, label="pilot")
+    spreads = [float(row[~row.isnan()].std()) for row in effects if int((~row.isnan()).sum()) > 1]
+    require(len(spreads) > 0, "no head of the pilot could be judged on two cases; choose another objective")
+    fresh = hunt.confirmation_cases * len(hunt.scenarios)
+    return Power(float(np.median(spreads)), len(known), len(trials.cases), fresh)
 
 
 def head_names(heads: Sequence[HeadId]) -> str:

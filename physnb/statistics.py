@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
+from scipy.stats import norm
 from torch import Tensor
 
 from physnb.config import require
@@ -49,3 +51,58 @@ def paired_difference(values: Float[Tensor, " clip"], baseline: Float[Tensor, " 
     """Mean of values - baseline over the clips judged in both, with its bootstrap interval."""
     require(len(values) == len(baseline), f"paired values must match: {len(values)} against {len(baseline)}")
     return bootstrap_mean(values - baseline, seed)
+
+
+def sign_flips(
+    differences: Float[Tensor, "test case"], *, resamples: int = 10_000, seed: int = 0
+) -> tuple[Float[np.ndarray, " test"], Float[np.ndarray, " test"]]:
+    """One-sided p values that each row's mean is below 0: alone, and corrected for having looked at all rows.
+
+    Under the null a paired difference is as likely to be d as -d. Signs are drawn case by case, the same for all rows,
+    so the rows keep their correlation; z = sum d / sqrt(sum d^2). Corrected: the share of draws in which the smallest z
+    of all rows is as small (single-step max-statistic of Westfall and Young 1993), which bounds the chance of one
+    false finding or more. A case that could not be judged is left out; a row of zeros has p = 1. Both count the
+    observed signs as one draw more, so no p is 0.
+    """
+    values = np.nan_to_num(np.asarray(differences, dtype=np.float64))
+    norm = np.linalg.norm(values, axis=1, keepdims=True)
+    unit = np.divide(values, norm, out=np.zeros_like(values), where=norm > 0)
+    observed = unit.sum(1)
+    signs = np.random.default_rng(seed).choice([-1.0, 1.0], (resamples, values.shape[1]))
+    drawn = signs @ unit.T  # [resample, test]
+    close = observed + 1e-9  # equal sums must not differ by rounding
+    alone = (1 + (drawn <= close).sum(0)) / (1 + resamples)
+    corrected = (1 + (drawn.min(1, keepdims=True) <= close).sum(0)) / (1 + resamples)
+    return alone, corrected
+
+
+def benjamini_hochberg(p_values: Float[np.ndarray, " test"]) -> Float[np.ndarray, " test"]:
+    """q values: rejecting all tests with q <= level keeps the expected share of false ones at `level` or below.
+
+    Benjamini and Hochberg (1995), for tests that are independent or depend positively.
+    """
+    p = np.asarray(p_values, dtype=np.float64)
+    order = np.argsort(p)
+    scaled = p[order] * len(p) / np.arange(1, len(p) + 1)
+    q = np.empty_like(p)
+    q[order] = np.minimum(1.0, np.minimum.accumulate(scaled[::-1])[::-1])
+    return q
+
+
+def cases_needed(deviation: float, effect: float, *, power: float = 0.9, level: float = 0.05, tests: int = 1) -> int:
+    """Cases for which a one-sided paired test finds a mean of `effect` with chance `power`.
+
+    n = ((z_(1 - level / tests) + z_power) deviation / effect)^2 by the normal approximation, Bonferroni over `tests`;
+    deviation: standard deviation of the paired differences. At least 2.
+    """
+    require(effect != 0 and 0 < power < 1 and 0 < level < 1 and tests > 0, "effect, power, level or tests out of range")
+    quantiles = norm.ppf(1 - level / tests) + norm.ppf(power)
+    return max(2, math.ceil((quantiles * deviation / effect) ** 2))
+
+
+def detectable_effect(
+    deviation: float, cases: int, *, power: float = 0.9, level: float = 0.05, tests: int = 1
+) -> float:
+    """The size of the mean difference for which `cases` are enough: `cases_needed` turned round."""
+    require(cases > 0 and 0 < power < 1 and 0 < level < 1 and tests > 0, "cases, power, level or tests out of range")
+    return float((norm.ppf(1 - level / tests) + norm.ppf(power)) * deviation / math.sqrt(cases))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import pandas
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -165,32 +168,63 @@ class Database:
 
 
 class TrialStore(Database):
-    """A SQLite file with one row a trial and case, written as they finish; kill -9 loses the trial in flight at most.
+    """A SQLite file with one row a trial and case, written as they finish.
 
+    A trial is known by the hash of all that decides its numbers, so that rows of other models, metrics or seeds never
+    mix. Several processes may write at once; a row that is there already stays. kill -9 loses the rows in flight.
     Raises ValueError if the file is not a trial store or has another schema version.
     """
 
     kind = "trial store"
-    tables = frozenset({"trials"})
+    version = 2
+    tables = frozenset({"trials", "scores"})
     schema = """
 CREATE TABLE IF NOT EXISTS trials (
-    trial TEXT NOT NULL,  -- canonical JSON of everything that decides the numbers: model hash, settings, guidance
+    trial TEXT PRIMARY KEY,  -- SHA-256 of what follows
+    identity TEXT NOT NULL,  -- JSON of all that decides its numbers besides the case
+    name TEXT NOT NULL       -- for reading: `identity u=1 w=2 L0H1`
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS scores (
+    trial TEXT NOT NULL,
     case_name TEXT NOT NULL,
-    value REAL,           -- NULL where the case could not be judged
+    scores TEXT NOT NULL,    -- JSON of every score by name, null where the case could not be judged
+    written TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP,
     PRIMARY KEY (trial, case_name)
 ) WITHOUT ROWID;
 """
 
-    def write(self, trial: str, cases: list[str], values: list[float]) -> None:
-        """All cases of one trial, in one transaction."""
-        rows = [(trial, case, None if value != value else value) for case, value in zip(cases, values, strict=True)]
-        with self._named(), self.connection:
-            self.connection.executemany("INSERT OR REPLACE INTO trials VALUES (?, ?, ?)", rows)
+    @staticmethod
+    def key(identity: str) -> str:
+        """The trial that a canonical JSON text stands for."""
+        return hashlib.sha256(identity.encode()).hexdigest()[:20]
 
-    def read(self, trial: str, cases: list[str]) -> list[float] | None:
-        """The trial's values in the order of `cases`, or None unless every one of them is there."""
+    def write(self, rows: Iterable[tuple[str, str, str, Mapping[str, float]]]) -> None:
+        """Rows of (identity, name, case, scores), in one transaction."""
+        rows = [(self.key(identity), identity, name, case, scores) for identity, name, case, scores in rows]
+        trials = {(key, identity, name) for key, identity, name, _, _ in rows}
+        scored = [
+            (key, case, json.dumps({n: None if v != v else v for n, v in s.items()})) for key, _, _, case, s in rows
+        ]
+        with self._named(), self.connection:
+            self.connection.executemany("INSERT OR IGNORE INTO trials VALUES (?, ?, ?)", sorted(trials))
+            self.connection.executemany(
+                "INSERT OR IGNORE INTO scores (trial, case_name, scores) VALUES (?, ?, ?)", scored
+            )
+
+    def read(self, identity: str) -> dict[str, dict[str, float]]:
+        """The scores of a trial by case, NaN where a case could not be judged."""
+        query = "SELECT case_name, scores FROM scores WHERE trial = ?"
         with self._named():
-            found = dict(self.connection.execute("SELECT case_name, value FROM trials WHERE trial = ?", (trial,)))
-        if not all(case in found for case in cases):
-            return None
-        return [float("nan") if found[case] is None else found[case] for case in cases]
+            rows = self.connection.execute(query, (self.key(identity),)).fetchall()
+        return {
+            case: {name: math.nan if value is None else value for name, value in json.loads(scores).items()}
+            for case, scores in rows
+        }
+
+    def table(self) -> pandas.DataFrame:
+        """Every row: trial, name, case_name, written, then what the trials' identities hold and the scores."""
+        query = "SELECT trial, name, identity, case_name, scores, written FROM scores JOIN trials USING (trial)"
+        with self._named():
+            found = pandas.read_sql_query(query, self.connection)
+        wide = [pandas.json_normalize(found.pop(name).map(json.loads).tolist()) for name in ("identity", "scores")]
+        return found.join(wide)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from physnb.bench import operations
-from physnb.bench_heads import PeakMemory, bench_heads, guided_steps, predicted_ratio
+from physnb.bench_heads import bench_heads, guided_steps, predicted_ratio
 from physnb.config import ModelConfig, Perturbation
 
 TINY = ModelConfig(frames=8, size=16, width=32, depth=3, heads=4)

@@ -1,27 +1,26 @@
 import dataclasses
-import json
+import math
 
 import pytest
 import torch
 
-from physnb.config import Guidance, HeadId, HuntConfig, head_set
-from physnb.data import simulate
+from physnb.config import HeadId, HuntConfig, head_set
 from physnb.families import attention_layers, heads_of
+from physnb.objectives import OBJECTIVES
 from physnb.search import (
-    METRIC_UNITS,
     HeadRanking,
-    confirm,
-    confirmation_cases,
-    control_arms,
+    Power,
     hunt_heads,
     hunted_heads,
-    random_head_sets,
-    require_disjoint,
-    selection_cases,
-    strength_surface,
-    trial_key,
+    pilot_power,
+    race_heads,
+    rank_heads,
+    stage_sizes,
+    surely_below,
 )
-from physnb.store import TrialStore, write_json
+from physnb.store import write_json
+from physnb.subjects import simulated_subject
+from physnb.trials import Trials
 
 PLANTED = HeadId(1, 2)
 HUNT = HuntConfig(split="id", selection_cases=3, confirmation_cases=4, top_k=2, steps=2, random_draws=2, weight=3.0)
@@ -42,19 +41,53 @@ def only_head(make_model, planted=PLANTED, seed=0):
     return model
 
 
+def trials_of(model, hunt=HUNT, part="selection", **settings) -> Trials:
+    return Trials(simulated_subject(model, hunt, part), progress=False, **settings)
+
+
 @pytest.fixture(scope="module")
 def planted_model(make_model):
     """The first random model in which guiding away from the planted head helps; in a random one it may also hurt."""
     for seed in range(20):
         model = only_head(make_model, seed=seed)
-        if hunt_heads(model, HUNT, heads=(PLANTED,), progress=False).effects.mean() < -LOUD:
+        if rank_heads(trials_of(model), HUNT.guidance, (PLANTED,)).effects.mean() < -LOUD:
             return model
     raise AssertionError("the planted head helps in none of 20 models")
 
 
 @pytest.fixture(scope="module")
 def ranking(planted_model) -> HeadRanking:
-    return hunt_heads(planted_model, HUNT, progress=False)
+    return hunt_heads(trials_of(planted_model), HUNT).ranking
+
+
+class TableSubject:
+    """A subject whose scores are a table made up by a test: one row a head, guided by it alone; no guidance scores 0.
+
+    Sets of heads score the sum of their rows, less the product of `bonus` where all its heads are there.
+    """
+
+    def __init__(self, effects, objective=OBJECTIVES["tracking_error"], together=()):
+        self.effects, self.objective, self.together = effects, objective, head_set(together)
+        self.heads = head_set([(0, i) for i in range(len(effects))])
+        self.case_names = tuple(f"case {i}" for i in range(effects.shape[1]))
+        self.identity = dict(table=effects.tolist())
+        self.rows = []
+
+    def rows_that_fit(self):
+        return 7
+
+    def score(self, rows):
+        self.rows += rows
+        values = []
+        for trial, case in rows:
+            heads = [h for _, weak in trial.weak for h in weak.heads]
+            bonus = -10.0 if self.together and set(self.together) <= set(heads) else 0.0
+            values.append(sum(float(self.effects[h.head, case]) for h in heads) + bonus)
+        return {self.objective.name: torch.tensor(values)}
+
+
+def table_trials(effects, **settings) -> Trials:
+    return Trials(TableSubject(effects, **settings), progress=False)
 
 
 def test_planted_head_is_found_first(ranking):
@@ -72,19 +105,20 @@ def test_heads_without_influence_have_exactly_no_effect(ranking):
 
 def test_batches_of_another_size_give_the_same_effects(planted_model, ranking):
     for batch_size in (9, 1, 1000):
-        again = hunt_heads(planted_model, HUNT, batch_size=batch_size, progress=False)
+        again = rank_heads(trials_of(planted_model, batch_size=batch_size), HUNT.guidance)
         torch.testing.assert_close(again.effects, ranking.effects, atol=GREY_LEVEL, rtol=0)
 
 
 def test_every_head_is_hunted_in_every_selection_case(model, ranking):
     assert ranking.heads == heads_of(model)
-    assert ranking.effects.shape == (8, 9) and ranking.baseline.shape == (9,)
+    assert ranking.effects.shape == (8, 9)
+    assert ranking.label == "tracking error minus unguided (units)"
 
 
 def test_ranking_puts_the_most_negative_mean_first():
     heads = head_set("L0H0,L0H1,L1H0")
     effects = torch.tensor([[0.5, 0.1], [-0.2, torch.nan], [-0.3, 0.2]])
-    ranking = HeadRanking(heads, effects, torch.zeros(2), "tracking_error", HUNT)
+    ranking = HeadRanking(heads, effects, OBJECTIVES["tracking_error"])
     assert [str(head) for head in ranking.order()] == ["L0H1", "L1H0", "L0H0"]
     assert ranking.top(2) == head_set("L0H1,L1H0")
     assert [row["judged"] for row in ranking.to_rows()] == [1, 2, 2]
@@ -96,165 +130,160 @@ def test_ranking_puts_the_most_negative_mean_first():
             ranking.top(k)
 
 
-def test_selection_and_confirmation_share_no_case(model):
-    chosen, judged = selection_cases(model, HUNT), confirmation_cases(model, HUNT)
-    require_disjoint(chosen, judged)
-    assert len(chosen) == 9 and len(judged) == 12
-    known = {tuple(f.flatten().tolist()) for f in chosen.frames}
-    assert not known & {tuple(f.flatten().tolist()) for f in judged.frames}
+def test_head_that_no_case_could_judge_comes_last():
+    ranking = HeadRanking(head_set("L0H0,L0H1"), torch.tensor([[math.nan], [5.0]]), OBJECTIVES["tracking_error"])
+    assert [str(head) for head in ranking.order()] == ["L0H1", "L0H0"]
+    assert ranking.to_rows()[1]["mean"] is None
 
 
-def test_confirming_on_a_selection_case_is_refused(model):
-    cases = simulate("collision", "id", range(2, 6), frames=8, size=16, seed=HUNT.seed)  # number 2 was chosen on
-    for judge in (
-        lambda: confirm(model, HUNT, (PLANTED,), cases=cases, progress=False),
-        lambda: strength_surface(model, HUNT, (PLANTED,), [1.0], [1.0], cases=cases, progress=False),
-    ):
-        with pytest.raises(ValueError, match=r"1 cases are used both to choose and to confirm.*'collision', 'id', 2"):
-            judge()
+def test_effects_of_a_score_that_is_better_when_higher_are_turned_round():
+    trials = table_trials(torch.tensor([[1.0, 3.0], [-2.0, -2.0]]), objective=OBJECTIVES["reward"])
+    ranking = rank_heads(trials, HUNT.guidance)
+    assert ranking.effects.tolist() == [[-1.0, -3.0], [2.0, 2.0]]
+    assert ranking.label == "unguided minus reward (log-odds)"
+    assert str(ranking.order()[0]) == "L0H0"
 
 
-def test_controls_are_always_there(model):
-    arms = control_arms(model, HUNT, head_set("L0H1,L1H2"))
-    assert list(arms) == ["unguided", "CFG", "2 random heads", "all heads", "2 hunted heads"]
-    assert arms["unguided"] == [Guidance()]
-    assert arms["CFG"] == [Guidance(text_weight=1.0)]
-    assert [len(arms[name]) for name in arms] == [1, 1, HUNT.random_draws, 1, 1]
-    for guidance in (g for name in list(arms)[2:] for g in arms[name]):
-        ((weight, perturbation),) = guidance.weak
-        assert (weight, perturbation.strength) == (HUNT.weight, HUNT.strength)
-    assert arms["all heads"][0].weak[0][1].heads == heads_of(model)
-    assert all(len(g.weak[0][1].heads) == 2 for g in arms["2 random heads"])
+def test_unknown_head_is_named_before_work_starts():
+    trials = table_trials(torch.zeros(3, 4))
+    for search in ("exhaustive", "race"):
+        with pytest.raises(ValueError, match="head L99H0 does not exist"):
+            hunt_heads(trials, dataclasses.replace(HUNT, search=search), head_set("L0H0,L99H0"))
+    with pytest.raises(ValueError, match="2 rounds of top k 2 keep 4 heads, but there are 3"):
+        hunt_heads(trials, dataclasses.replace(HUNT, rounds=2))
+    assert trials.subject.rows == []
 
 
-def test_random_head_sets_are_reproducible_and_fair(model):
-    sets = random_head_sets(model, 3, 200, seed=5)
-    assert sets == random_head_sets(model, 3, 200, seed=5) != random_head_sets(model, 3, 200, seed=6)
-    assert all(len(set(heads)) == 3 for heads in sets)
-    counts = torch.tensor([sum(head in heads for heads in sets) for head in heads_of(model)])
-    assert (counts - 75).abs().max() < 28  # four standard deviations
-    with pytest.raises(ValueError, match="a set of 9 heads cannot be drawn from 8"):
-        random_head_sets(model, 9, 1, seed=0)
+# --- rounds
 
 
-def test_confirmation_reports_every_arm_against_unguided(planted_model):
-    results = confirm(planted_model, HUNT, (PLANTED,), progress=False)
-    rows = {result.name: result.to_row() for result in results}
-    assert list(rows) == ["unguided", "CFG", "1 random heads", "all heads", "1 hunted heads"]
-    json.dumps(list(rows.values()), allow_nan=False)
-    for metric in METRIC_UNITS:
-        assert rows["unguided"][metric]["difference"] is None
-        assert rows["unguided"][metric]["cases"] == 12
-    # all heads together are the planted one, and nothing else
-    *_, everything, found = (result.values["tracking_error"] for result in results)
-    torch.testing.assert_close(found, everything, atol=GREY_LEVEL, rtol=0)
-    assert (found - results[0].values["tracking_error"]).abs().mean() > LOUD
+def published_headhunter(effects, together, k, rounds):
+    """Algorithm 1 of HeadHunter on made-up scores: every head of the pool with those chosen, the k best by the mean."""
+    chosen, pool = [], list(range(len(effects)))
+    for _ in range(rounds):
+        means = []
+        for head in pool:
+            heads = [*chosen, head]
+            bonus = -10.0 if together and set(together) <= set(heads) else 0.0
+            means.append(effects[heads].sum(0).mean().item() + bonus)
+        best = [pool[i] for i in sorted(range(len(pool)), key=lambda i: means[i])[:k]]
+        chosen += best
+        pool = [head for head in pool if head not in best]
+    return [HeadId(0, head) for head in chosen]
 
 
-def test_difference_is_paired_case_by_case(planted_model):
-    arm = confirm(planted_model, HUNT, (PLANTED,), progress=False)[-1]
-    expected = (arm.values["tracking_error"] - arm.baseline["tracking_error"]).mean()
-    assert arm.difference("tracking_error").mean == pytest.approx(float(expected), abs=1e-5)
-    assert arm.estimate("tracking_error", [0, 1]).mean == pytest.approx(float(arm.values["tracking_error"][:2].mean()))
+@pytest.mark.parametrize("search", ["exhaustive", "race"])
+@pytest.mark.parametrize("k, rounds", [(1, 1), (2, 3), (3, 2), (1, 6)])
+def test_rounds_are_those_of_the_published_algorithm(search, k, rounds):
+    effects = torch.randn(7, 40, generator=torch.Generator().manual_seed(k)) + torch.arange(7.0)[:, None]
+    best, worst = HeadId(0, 0), HeadId(0, 6)  # alone the worst, and valuable together: the reason for rounds
+    trials = table_trials(effects, together=(best, worst))
+    hunt = dataclasses.replace(HUNT, top_k=k, rounds=rounds, search=search)
+    found = hunt_heads(trials, hunt)
+    assert list(found.picked) == published_headhunter(effects, (0, 6), k, rounds)
+    assert len(found.rounds) == rounds and found.ranking.kept == ()
+    if rounds > 1 and k > 1:
+        assert worst in found.picked[k : 2 * k]
 
 
-def test_surface_is_flat_where_guidance_is_off(planted_model):
-    w = HUNT.weight
-    surface = strength_surface(planted_model, HUNT, (PLANTED,), [0.0, w], [0.0, 0.5, 1.0], progress=False)
-    assert list(surface) == [(0.0, 0.0), (0.0, 0.5), (0.0, 1.0), (w, 0.0), (w, 0.5), (w, 1.0)]
-    for (weight, strength), arm in surface.items():
-        off = weight == 0 or strength == 0
-        assert (arm.difference("tracking_error").mean == 0) == off
-    arm = confirm(planted_model, HUNT, (PLANTED,), progress=False)[-1]  # the corner is the hunt's own setting
-    assert torch.equal(surface[w, 1.0].values["tracking_error"], arm.values["tracking_error"])
+def test_nothing_is_generated_for_heads_already_kept():
+    trials = table_trials(torch.randn(5, 4, generator=torch.Generator().manual_seed(0)))
+    hunt_heads(trials, dataclasses.replace(HUNT, top_k=2, rounds=2))
+    sets = {tuple(h for _, weak in trial.weak for h in weak.heads) for trial, _ in trials.subject.rows}
+    assert sorted(map(len, sets)) == [0, *[1] * 5, *[3] * 3]  # unguided once, 5 heads, then the 3 that are left
+    assert len(trials.subject.rows) == len(set(trials.subject.rows)) == 9 * 4
 
 
-def test_unknown_head_is_named_before_work_starts(model):
-    with pytest.raises(ValueError, match="head L99H0 does not exist"):
-        hunt_heads(model, HUNT, heads=head_set("L0H0,L99H0"), progress=False)
-    with pytest.raises(ValueError, match="head L99H0 does not exist"):
-        confirm(model, HUNT, head_set("L99H0"), progress=False)
+# --- races
 
 
-# --- stored trials
+@pytest.fixture(params=range(5))
+def noisy_effects(request):
+    """24 heads on 200 cases: what cases share, heads that differ by a quarter of the noise, and heavy tails."""
+    generator = torch.Generator().manual_seed(request.param)
+    means = torch.linspace(-1, 1, 24)[torch.randperm(24, generator=generator)]
+    shared = torch.randn(200, generator=generator)
+    return means[:, None] + shared + torch.randn(24, 200, generator=generator) ** 3 / 10
 
 
-def test_hunt_stopped_half_way_ends_with_the_same_numbers(planted_model, ranking, tmp_path):
-    with TrialStore(tmp_path / "t.sqlite") as store:
-        hunt_heads(planted_model, HUNT, heads=ranking.heads[:3], store=store, model_hash="m", progress=False)
-    with TrialStore(tmp_path / "t.sqlite") as store:
-        resumed = hunt_heads(planted_model, HUNT, store=store, model_hash="m", progress=False)
-    assert torch.equal(resumed.effects, ranking.effects) and torch.equal(resumed.baseline, ranking.baseline)
-    assert resumed.order() == ranking.order()
+def test_race_finds_the_heads_of_the_exhaustive_search_for_fewer_rows(noisy_effects):
+    race = race_heads(table_trials(noisy_effects), HUNT.guidance, 6, confidence=0.9)
+    assert race.winners == rank_heads(table_trials(noisy_effects), HUNT.guidance).top(6)
+    assert race.rows < 0.6 * noisy_effects.numel()
+    assert [stage.cases for stage in race.stages] == stage_sizes(200)[: len(race.stages)]
+    for stage in race.stages:
+        assert stage.settled + stage.dropped + stage.running == 24
 
 
-def test_stored_trials_are_read_and_not_run_again(planted_model, tmp_path):
-    with TrialStore(tmp_path / "t.sqlite") as store:
-        hunt_heads(planted_model, HUNT, store=store, model_hash="m", progress=False)
-        key = trial_key("m", HUNT, "tracking_error", Guidance.from_heads("L0H3", HUNT.weight))
-        store.connection.execute("UPDATE trials SET value = -100 WHERE trial = ?", (key,))  # no run gives this
-        again = hunt_heads(planted_model, HUNT, store=store, model_hash="m", progress=False)
-        assert again.order()[0] == HeadId(0, 3)
-        rows = store.connection.execute("SELECT COUNT(*), COUNT(DISTINCT trial) FROM trials").fetchone()
-        assert rows == (9 * 9, 9)  # the baseline and 8 heads, 9 cases each
+def test_race_between_equals_runs_to_the_end_and_agrees(noisy_effects):
+    alike = noisy_effects - noisy_effects.mean(1, keepdim=True) + 0.01 * torch.randn(24, 1)
+    race = race_heads(table_trials(alike), HUNT.guidance, 6)
+    assert race.winners == rank_heads(table_trials(alike), HUNT.guidance).top(6)
+    assert race.stages[-1].cases == 200
 
 
-def test_killed_hunt_resumes_to_the_same_ranking(make_model, tmp_path, start_python):
-    from physnb.checkpoint import load_model, model_hash, save_model
+def test_race_keeps_its_promise_over_many_orders():
+    """Same top k as the exhaustive search in nine of ten races, on heads that are hard to tell apart."""
+    generator = torch.Generator().manual_seed(3)
+    effects = torch.linspace(-0.3, 0.3, 12)[:, None] + torch.randn(12, 120, generator=generator)
+    exhaustive = rank_heads(table_trials(effects), HUNT.guidance).top(4)
+    same = [race_heads(table_trials(effects), HUNT.guidance, 4, seed=s).winners == exhaustive for s in range(40)]
+    assert sum(same) >= 36
 
-    folder, path = save_model(only_head(make_model), tmp_path / "model"), tmp_path / "trials.sqlite"
-    hunt = dataclasses.replace(HUNT, selection_cases=2)
-    settings = dict(split="id", selection_cases=2, top_k=2, steps=2, random_draws=2, weight=3.0)
-    # one head at a time, and the kill comes after the fourth row of the bar: between two transactions or within one
-    program = f"""
-from physnb.checkpoint import load_model, model_hash
-from physnb.config import HuntConfig
-from physnb.search import hunt_heads
-from physnb.store import TrialStore, write_json
-store = TrialStore({str(path)!r})
-store.connection.set_trace_callback(lambda sql: print(sql[:6], flush=True))
-hunt = HuntConfig(**{settings!r}, confirmation_cases=4)
-model, name = load_model({str(folder)!r}), model_hash({str(folder)!r})
-hunt_heads(model, hunt, store=store, model_hash=name, batch_size=6, progress=False)
-"""
-    process = start_python("-c", program)
-    commits = 0
-    for line in process.stdout:
-        commits += line.startswith("COMMIT")
-        if commits == 4:
-            break
-    process.kill()
-    assert process.wait() == -9
-    with TrialStore(path) as store:
-        ((stored,),) = store.connection.execute("SELECT COUNT(DISTINCT trial) FROM trials")
-        assert 3 <= stored < 9
-        model = load_model(folder)
-        resumed = hunt_heads(model, hunt, store=store, model_hash=model_hash(folder), batch_size=6, progress=False)
-    whole = hunt_heads(model, hunt, batch_size=6, progress=False)
-    assert torch.equal(resumed.effects, whole.effects) and resumed.order() == whole.order()
+
+def test_race_with_cases_that_cannot_be_judged(noisy_effects):
+    noisy_effects[:, ::7] = math.nan
+    noisy_effects[3] = math.nan
+    noisy_effects[3, 0:2] = -100.0  # seldom judged, and then well: it must not win on what nobody saw
+    subject = TableSubject(noisy_effects)
+    trials = Trials(subject, progress=False)
+    race = race_heads(trials, HUNT.guidance, 6)
+    assert race.winners == rank_heads(table_trials(noisy_effects), HUNT.guidance).top(6)
+
+
+def test_doubt_ends_where_all_cases_are_known():
+    low, high = torch.tensor([0.0, 5.0, 0.1]), torch.tensor([0.1, 4.9, 0.2])
+    assert surely_below(low, high, count=3, level=0.001)
+    assert not surely_below(low, high, count=30, level=0.001)
+    assert not surely_below(high, low, count=3, level=0.5)
+    assert stage_sizes(5) == [5] and stage_sizes(30) == [12, 18, 27, 30]
 
 
 @pytest.mark.parametrize(
-    "change", [dict(split="ood"), dict(seed=1), dict(steps=3), dict(frames_given=2), dict(scenarios=("uniform",))]
+    ("settings", "message"),
+    [(dict(k=0), r"top k must be in \[1, 3\]"), (dict(k=4), "top k"), (dict(k=1, confidence=1.0), r"in \(0, 1\)")],
 )
-def test_trials_of_other_settings_never_mix(change):
-    other = dataclasses.replace(HUNT, **change)
-    assert trial_key("m", HUNT, "tracking_error", Guidance()) != trial_key("m", other, "tracking_error", Guidance())
+def test_bad_race_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        race_heads(table_trials(torch.zeros(3, 4)), HUNT.guidance, **settings)
 
 
-def test_trials_of_other_models_objectives_and_guidance_never_mix():
-    keys = {
-        trial_key(model, HUNT, objective, guidance)
-        for model in ("a", "b")
-        for objective in ("tracking_error", "missing_rate")
-        for guidance in (Guidance(), Guidance.from_heads("L0H1", 1.0), Guidance.from_heads("L0H1", 1.0, 0.5))
-    }
-    assert len(keys) == 12
+# --- power
 
 
-def test_more_cases_and_heads_reuse_what_is_stored():
-    more = dataclasses.replace(HUNT, selection_cases=10, confirmation_cases=20, top_k=4, random_draws=5)
-    assert trial_key("m", HUNT, "tracking_error", Guidance()) == trial_key("m", more, "tracking_error", Guidance())
+def test_power_is_computed_from_the_spread_of_a_pilot():
+    effects = 0.5 * torch.randn(30, 48, generator=torch.Generator().manual_seed(0))
+    trials = table_trials(effects)
+    power = pilot_power(trials, HUNT, heads=6, cases=12)
+    assert len(trials.subject.rows) == 7 * 12
+    assert power.deviation == pytest.approx(0.5, rel=0.3)
+    assert (power.heads, power.cases, power.confirmation_cases) == (30, 48, 12)
+    small, large = power.to_rows([0.1, 0.4])
+    assert small["cases_to_find"] > small["cases_to_confirm"] > large["cases_to_confirm"]
+    assert large["cases_to_find"] == math.ceil(small["cases_to_find"] / 16) or large["cases_to_find"] > 2
+    with pytest.raises(ValueError, match="at least 2 cases"):
+        pilot_power(trials, HUNT, cases=1)
+
+
+def test_hunt_finds_the_effects_that_its_power_promises():
+    power = Power(deviation=1.0, heads=20, cases=100, confirmation_cases=100)
+    generator, seen = torch.Generator().manual_seed(0), 0
+    for _ in range(40):
+        effects = torch.randn(20, 100, generator=generator)
+        effects[5] -= power.smallest_seen
+        rows = HeadRanking(head_set([(0, i) for i in range(20)]), effects, OBJECTIVES["tracking_error"]).to_rows()
+        seen += next(row["p_all_heads"] for row in rows if row["head"] == "L0H5") < 0.05
+    assert seen >= 33  # 36 expected of 40 at a power of 0.9
 
 
 def test_heads_to_study_come_from_names_then_the_run_then_the_committed_hunt(tmp_path):

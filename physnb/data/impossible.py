@@ -54,6 +54,11 @@ class Variants:
     area_ratio: Float[Tensor, " clip"]
     frames_given: int
 
+    def __getitem__(self, rows: list[int]) -> Variants:
+        """The variants of some of the clips."""
+        reasons = tuple(self.reasons[row] for row in rows)
+        return replace(self, clip=self.clip[rows], reasons=reasons, area_ratio=self.area_ratio[rows])
+
     @property
     def matched(self) -> Bool[Tensor, " clip"]:
         """Where the variant covers as much area as its clip."""

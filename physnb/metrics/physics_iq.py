@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import cv2
 import numpy as np
@@ -143,6 +143,10 @@ class Terms:
         values = {name: getattr(self, name) for name in TERMS}
         return values | {name: values[name].mean(-1) for name in ("spatiotemporal_iou", "mse")}
 
+    def __getitem__(self, views: list[int]) -> Terms:
+        """The terms of some of the views."""
+        return Terms(**{f.name: getattr(self, f.name)[views] for f in fields(Terms)})
+
     @staticmethod
     def stack(terms: Sequence[Terms]) -> Terms:
         return Terms(**{f.name: np.stack([getattr(t, f.name) for t in terms]) for f in fields(Terms)})
@@ -258,6 +262,11 @@ class Takes:
     first: tuple[Motion, ...]
     variance: Terms
     reasons: tuple[str | None, ...]
+
+    def __getitem__(self, rows: list[int]) -> Takes:
+        """The takes of some of the cases."""
+        first, reasons = (tuple(values[row] for row in rows) for values in (self.first, self.reasons))
+        return replace(self, true=self.true[rows], first=first, variance=self.variance[rows], reasons=reasons)
 
     def compare(self, generated: Clip) -> Comparison:
         """Generated clips of these cases beside them. Raises ValueError for other cases, sizes, lengths or rates."""

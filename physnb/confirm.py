@@ -1,0 +1,214 @@
+"""Judging hunted heads on cases that no head was chosen on: beside controls, one by one, and over (w, u).
+
+That selection and confirmation share no case is enforced: every function that judges a choice takes both sets of trials
+and raises where they meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from physnb.config import Guidance, HeadId, HeadSet, HuntConfig, OtherModel, head_set, require
+from physnb.search import HeadRanking, check_subject_heads, measure_effects
+from physnb.statistics import Estimate, benjamini_hochberg, bootstrap_mean, paired_difference, sign_flips
+from physnb.trials import Trials
+
+METRIC_UNITS = {  # the columns of result tables, in order
+    "velocity_error": "units/s",
+    "position_error": "units",
+    "missing_rate": "share",
+    "tracking_error": "units",
+}
+CFG_TEXT_WEIGHT = 1.0  # the control "CFG": published scale 2
+FALSE_DISCOVERY_RATE = 0.1
+
+
+def require_disjoint(selection: Trials, confirmation: Trials) -> None:
+    """Raise ValueError if any case would be used both to choose and to confirm."""
+    shared = sorted(set(selection.subject.case_names) & set(confirmation.subject.case_names))
+    require(not shared, f"{len(shared)} cases are used both to choose and to confirm, for example {shared[:1]}")
+
+
+def random_head_sets(heads: HeadSet, k: int, draws: int, seed: int) -> list[HeadSet]:
+    """`draws` sets of k heads drawn without replacement: the control for having chosen."""
+    require(1 <= k <= len(heads), f"a set of {k} heads cannot be drawn from {len(heads)}")
+    generator = np.random.default_rng(seed)
+    return [head_set([heads[i] for i in generator.choice(len(heads), k, replace=False)]) for _ in range(draws)]
+
+
+def layer_heads(heads: HeadSet) -> dict[int, HeadSet]:
+    """All heads of every layer."""
+    return {layer: tuple(h for h in heads if h.layer == layer) for layer in sorted({h.layer for h in heads})}
+
+
+def best_layer(selection: Trials, hunt: HuntConfig) -> int:
+    """The layer that helps most when broken as a whole, on the selection cases: published PAG, at its best."""
+    layers = layer_heads(selection.subject.heads)
+    effects = measure_effects(selection, [hunt.guidance(heads) for heads in layers.values()], label="layers")
+    return list(layers)[int(effects.nanmean(1).nan_to_num(nan=torch.inf).argmin())]
+
+
+def control_arms(
+    heads: HeadSet, hunt: HuntConfig, hunted: HeadSet, *, layer: int | None = None, others: Sequence[str] = ()
+) -> dict[str, list[Guidance]]:
+    """Every method of the final table by name; several guidances are draws to be averaged case by case.
+
+    layer: to break as a whole, by the hunt's perturbation and by SEG (infinite sigma). others: networks to
+    steer away from (AutoGuidance). Weight and strength are the hunt's own in every arm, but for CFG.
+    """
+    k, w = len(hunted), hunt.weight
+    arms = {
+        "unguided": [Guidance()],
+        "CFG": [Guidance(text_weight=CFG_TEXT_WEIGHT)],
+        **{f"AutoGuidance {name}": [Guidance(weak=((w, OtherModel(name)),))] for name in others},
+        f"{k} random heads": [hunt.guidance(s) for s in random_head_sets(heads, k, hunt.random_draws, hunt.seed)],
+        "all heads": [hunt.guidance(heads)],
+    }
+    if layer is not None:
+        whole = layer_heads(heads)[layer]
+        arms[f"best layer, L{layer}"] = [hunt.guidance(whole)]
+        arms[f"SEG, L{layer}"] = [Guidance.from_heads(whole, w, kind="mean_query")]
+    return arms | {f"{k} hunted heads": [hunt.guidance(hunted)]}
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """One method on the confirmation cases: per-case values by metric, and the same of the unguided clips."""
+
+    name: str
+    values: dict[str, Float[Tensor, " case"]]
+    baseline: dict[str, Float[Tensor, " case"]]
+
+    def estimate(self, metric: str, rows: list[int] | None = None) -> Estimate:
+        """Mean over cases (or `rows` of them) with its interval."""
+        values = self.values[metric]
+        return bootstrap_mean(values if rows is None else values[rows])
+
+    def difference(self, metric: str, rows: list[int] | None = None) -> Estimate:
+        """Mean paired difference to unguided; for errors and rates negative is better."""
+        pair = self.values[metric], self.baseline[metric]
+        return paired_difference(*(pair if rows is None else (v[rows] for v in pair)))
+
+    def to_row(self, rows: list[int] | None = None) -> dict:
+        """Estimates and differences of all metrics as one dict, ready for JSON."""
+        return dict(method=self.name) | {
+            metric: self.estimate(metric, rows).to_dict()
+            | {"difference": None if self.name == "unguided" else self.difference(metric, rows).to_dict()}
+            for metric in self.values
+        }
+
+
+def arm_values(trials: Trials, guidances: Sequence[Guidance], label: str = "confirm") -> dict[str, Tensor]:
+    """Every table metric of the subject's judge, and its objective, averaged over the guidances case by case."""
+    names = [name for name in METRIC_UNITS if name in trials.score_names()] or [trials.subject.objective.name]
+    names = dict.fromkeys([*names, trials.subject.objective.name])
+    return {name: trials.scores(guidances, name=name, label=label).nanmean(0) for name in names}
+
+
+def confirm(
+    selection: Trials,
+    confirmation: Trials,
+    hunt: HuntConfig,
+    hunted: HeadSet,
+    *,
+    others: Sequence[str] = (),
+) -> list[ArmResult]:
+    """The hunted heads beside their controls, on cases never used for choosing; the first result is unguided.
+
+    The best layer is chosen on the selection cases, as the heads were. others: networks that the confirmation's subject
+    knows. Raises ValueError if the two sets of trials share a case, or for heads that the model lacks.
+    """
+    require_disjoint(selection, confirmation)
+    hunted = check_subject_heads(confirmation, hunted)
+    layer = best_layer(selection, hunt)
+    arms = control_arms(confirmation.subject.heads, hunt, hunted, layer=layer, others=others)
+    confirmation.scores([g for guidances in arms.values() for g in guidances], label="confirm")  # in full batches
+    values = {name: arm_values(confirmation, guidances) for name, guidances in arms.items()}
+    return [ArmResult(name, found, values["unguided"]) for name, found in values.items()]
+
+
+@dataclass(frozen=True)
+class HeadVerdict:
+    """One chosen head: what it promised on the selection cases, and what it did alone on fresh ones.
+
+    gap: confirmed minus promised, the winner's curse where above 0, with its interval. p: sign-flip test that the mean
+    on fresh cases is below 0; q: its Benjamini-Hochberg value over the heads chosen.
+    """
+
+    head: HeadId
+    promised: Estimate
+    confirmed: Estimate
+    gap: Estimate
+    p: float
+    q: float
+
+    def to_row(self) -> dict:
+        """As one dict, ready for JSON."""
+        estimates = {name: getattr(self, name).to_dict() for name in ("promised", "confirmed", "gap")}
+        return dict(head=str(self.head)) | estimates | dict(p=self.p, q=self.q)
+
+
+def confirm_heads(
+    selection: Trials, confirmation: Trials, ranking: HeadRanking, hunt: HuntConfig, heads: Sequence[HeadId]
+) -> list[HeadVerdict]:
+    """Each chosen head alone on the confirmation cases, in the order given.
+
+    A head is confirmed where q <= level; over many hunts no more than that share of confirmed heads are false, since no
+    case that chose them judges them. Raises ValueError if the two sets of trials share a case.
+    """
+    require_disjoint(selection, confirmation)
+    heads = tuple(heads)
+    require(len(heads) > 0, "there is no head to confirm")
+    effects = measure_effects(confirmation, [hunt.guidance((head,)) for head in heads], label="heads")
+    alone, _ = sign_flips(effects)
+    verdicts = []
+    for head, fresh, p, q in zip(heads, effects, alone, benjamini_hochberg(alone), strict=True):
+        chosen = ranking.effects[ranking.heads.index(head)]
+        verdict = HeadVerdict(
+            head, bootstrap_mean(chosen), bootstrap_mean(fresh), mean_gap(chosen, fresh), float(p), float(q)
+        )
+        verdicts.append(verdict)
+    return verdicts
+
+
+def mean_gap(chosen: Float[Tensor, " case"], fresh: Float[Tensor, " case"], resamples: int = 2000) -> Estimate:
+    """Mean of `fresh` minus mean of `chosen`, of different cases, with its 95 % bootstrap interval."""
+    known = [np.asarray(v, dtype=np.float64) for v in (chosen, fresh)]
+    known = [values[~np.isnan(values)] for values in known]
+    judged, cases = len(known[1]), len(fresh)
+    if not all(map(len, known)):
+        return Estimate(np.nan, np.nan, np.nan, 0, cases)
+    generator = np.random.default_rng(0)
+    drawn = [v[generator.integers(0, len(v), (resamples, len(v)))].mean(1) for v in known]
+    low, high = np.quantile(drawn[1] - drawn[0], [0.025, 0.975])
+    return Estimate(float(known[1].mean() - known[0].mean()), float(low), float(high), judged, cases)
+
+
+def strength_surface(
+    selection: Trials,
+    confirmation: Trials,
+    hunt: HuntConfig,
+    heads: HeadSet,
+    weights: Sequence[float],
+    strengths: Sequence[float],
+) -> dict[tuple[float, float], ArmResult]:
+    """The head set's effect on the confirmation cases at every (weight w, strength u), by (w, u)."""
+    require_disjoint(selection, confirmation)
+    heads = check_subject_heads(confirmation, heads)
+    grid = {
+        (w, u): Guidance() if w == 0 or u == 0 else Guidance.from_heads(heads, w, u, kind=hunt.kind, axis=hunt.axis)
+        for w in weights
+        for u in strengths
+    }
+    confirmation.scores(list(grid.values()), label="surface")
+    baseline = arm_values(confirmation, [Guidance()])
+    return {
+        (w, u): ArmResult(f"w={w:g} u={u:g}", arm_values(confirmation, [trial]), baseline)
+        for (w, u), trial in grid.items()
+    }

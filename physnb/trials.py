@@ -1,0 +1,208 @@
+"""Running trials: every (guidance, case) row once, many rows a batch, stored as they finish, on one machine or many."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from physnb.config import Guidance, LayerSkip, Perturbation, require
+from physnb.store import TrialStore
+from physnb.subjects import Row, Subject
+
+Scored = dict[str, Float[Tensor, " row"]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a chunk: the scores of its rows, or of those that could be scored and what the first other raised.
+
+    rows: which rows of the chunk the scores belong to.
+    """
+
+    rows: list[int]
+    scores: Scored
+    error: str | None = None
+
+
+def score_chunk(subject: Subject, chunk: Sequence[Row]) -> Outcome:
+    """The scores of a chunk; if that raises, of its rows one at a time, so that one bad row costs no other."""
+    try:
+        return Outcome(list(range(len(chunk))), subject.score(chunk))
+    except Exception:
+        kept, parts, error = [], [], None
+        for number, (trial, case) in enumerate(chunk):
+            try:
+                parts.append(subject.score([(trial, case)]))
+                kept.append(number)
+            except Exception as raised:
+                row = f"case {subject.case_names[case]} of trial {trial_name(trial)}"
+                error = error or f"{row} raised {type(raised).__name__}: {raised}"
+        names = parts[0] if parts else {}
+        return Outcome(kept, {name: torch.cat([part[name] for part in parts]) for name in names}, error)
+
+
+class Executor(Protocol):
+    """Where chunks are scored. An outcome depends on its chunk alone; chunks may come back in any order."""
+
+    def run(self, subject: Subject, chunks: Sequence[Sequence[Row]]) -> Iterator[tuple[int, Outcome]]: ...
+
+
+class LocalExecutor:
+    """One chunk after the other, in this process."""
+
+    def run(self, subject: Subject, chunks: Sequence[Sequence[Row]]) -> Iterator[tuple[int, Outcome]]:
+        for number, chunk in enumerate(chunks):
+            yield number, score_chunk(subject, chunk)
+
+
+def trial_name(trial: Guidance) -> str:
+    """A trial in a few words: `unguided`, `text w=1`, `identity u=1 w=2 L0H1,L3H7`."""
+    parts = [f"text w={trial.text_weight:g}"] if trial.text_weight else []
+    for weight, weak in trial.weak:
+        if isinstance(weak, Perturbation):
+            kind = weak.kind if weak.axis == "all" else f"{weak.kind}/{weak.axis}"
+            parts.append(f"{kind} u={weak.strength:g} w={weight:g} {','.join(map(str, weak.heads))}")
+        elif isinstance(weak, LayerSkip):
+            parts.append(f"skip w={weight:g} {','.join(f'L{layer}' for layer in weak.layers)}")
+        else:
+            parts.append(f"{weak.name} w={weight:g}")
+    return " + ".join(parts) or "unguided"
+
+
+def first_broken_layer(trial: Guidance) -> int:
+    """The first layer in which a weak model of the trial differs; batches of equal ones fork as late as possible."""
+    weak = [weak for _, weak in trial.weak]
+    layers = [head.layer for w in weak if isinstance(w, Perturbation) for head in w.heads]
+    return min([*layers, *(layer for w in weak if isinstance(w, LayerSkip) for layer in w.layers)], default=0)
+
+
+class Trials:
+    """The scores of trials on a subject's cases, each row measured once.
+
+    store: where rows are written as they finish and read from before they are run. batch_size: rows a batch, or None
+    for as many as fit. on_rows(trials) is called after every batch.
+    A row's scores do not depend on what else is asked for beyond float rounding: one grey level in a pixel.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        store: TrialStore | None = None,
+        *,
+        executor: Executor | None = None,
+        batch_size: int | None = None,
+        progress: bool = True,
+        on_rows: Callable[[Trials], None] | None = None,
+    ):
+        require(batch_size is None or batch_size > 0, f"batch size must be positive, got {batch_size}")
+        self.subject, self.store, self.executor = subject, store, executor or LocalExecutor()
+        self.batch_size = batch_size or subject.rows_that_fit()
+        self.progress, self.on_rows = progress, on_rows
+        self.found: dict[Guidance, dict[int, dict[str, float]]] = {}
+        self.rows_run, self.seconds, self.pending = 0, 0.0, 0
+        self._identity = json.dumps(subject.identity, sort_keys=True, default=str)
+
+    @property
+    def cases(self) -> range:
+        """Numbers of all cases of the subject."""
+        return range(len(self.subject.case_names))
+
+    @property
+    def seconds_left(self) -> float:
+        """An estimate for what was asked for last."""
+        return self.seconds / max(1, self.rows_run) * self.pending
+
+    def identity(self, trial: Guidance) -> str:
+        """Canonical JSON of all that decides the trial's scores besides the case."""
+        guidance: dict[str, Any] = dataclasses.asdict(trial)
+        guidance["weak"] = [[weight, type(weak).__name__, dataclasses.asdict(weak)] for weight, weak in trial.weak]
+        return f'{{"guidance": {json.dumps(guidance, sort_keys=True)}, "subject": {self._identity}}}'
+
+    def scores(
+        self, trials: Sequence[Guidance], cases: Sequence[int] | None = None, name: str = "", label: str = "trials"
+    ) -> Float[Tensor, "trial case"]:
+        """The objective, or the score `name` of its judge, of every trial on every case (default: all cases).
+
+        Raises ValueError for an objective that cannot judge a single row, and where it raises itself, naming the row;
+        rows that were scored before are kept.
+        """
+        cases = list(self.cases if cases is None else cases)
+        self._measure(list(dict.fromkeys(trials)), cases, label)
+        name = name or self.subject.objective.name
+        table = torch.tensor([[self.found[trial][case][name] for case in cases] for trial in trials])
+        names = ", ".join(trial_name(trial) for trial in trials[:2])
+        require(
+            len(trials) == 0 or name != self.subject.objective.name or not bool(table.isnan().all()),
+            f"objective {name} is not a number on any of {len(cases)} cases of {len(trials)} trials ({names}, ...), so "
+            "nothing can be compared; look at one clip, then choose another objective or other cases",
+        )
+        return table
+
+    def score_names(self) -> tuple[str, ...]:
+        """The scores that the judge gives, as far as any row has been measured."""
+        return tuple(next((scores for rows in self.found.values() for scores in rows.values()), {}))
+
+    def _measure(self, trials: list[Guidance], cases: list[int], label: str) -> None:
+        for trial in trials:
+            self._load(trial)
+        done = {(trial, case) for trial in trials for case in self.found[trial]}
+        # Rows that fork late run together, and the trials of a case too, for they share its first prediction. Chunks
+        # are cut before what is known is left out: an interrupted hunt goes on with the very same batches.
+        order = sorted(trials, key=lambda trial: (first_broken_layer(trial), self.identity(trial)))
+        layers = dict.fromkeys(first_broken_layer(trial) for trial in order)
+        groups = [[trial for trial in order if first_broken_layer(trial) == layer] for layer in layers]
+        rows = [(trial, case) for group in groups for case in cases for trial in group]
+        chunks = [rows[first : first + self.batch_size] for first in range(0, len(rows), self.batch_size)]
+        chunks = [[row for row in chunk if row not in done] for chunk in chunks]
+        chunks = [chunk for chunk in chunks if chunk]
+        self.pending = sum(map(len, chunks))
+        bar = tqdm(
+            total=len(rows), initial=len(rows) - self.pending, disable=not self.progress, unit="clip", desc=label
+        )
+        begun, error = time.perf_counter(), None
+        for number, outcome in self.executor.run(self.subject, chunks):
+            self._keep([chunks[number][row] for row in outcome.rows], outcome.scores)
+            self.seconds += time.perf_counter() - begun
+            begun, error = time.perf_counter(), error or outcome.error
+            bar.update(len(outcome.rows))
+            if self.on_rows is not None:
+                self.on_rows(self)
+            if error:
+                break
+        bar.close()
+        require(
+            error is None,
+            f"objective {self.subject.objective.name}: {error}; mend it and start again, what was "
+            "scored before is kept in the store",
+        )
+
+    def _load(self, trial: Guidance) -> None:
+        if trial not in self.found:
+            stored = {} if self.store is None else self.store.read(self.identity(trial))
+            numbers = {name: number for number, name in enumerate(self.subject.case_names)}
+            self.found[trial] = {numbers[case]: scores for case, scores in stored.items() if case in numbers}
+
+    def _keep(self, chunk: Sequence[Row], scored: Scored) -> None:
+        rows = [
+            dict(zip(scored, values, strict=True))
+            for values in zip(*(v.tolist() for v in scored.values()), strict=True)
+        ]
+        if self.store is not None:
+            names = self.subject.case_names
+            self.store.write(
+                (self.identity(trial), trial_name(trial), names[case], scores)
+                for (trial, case), scores in zip(chunk, rows, strict=True)
+            )
+        for (trial, case), scores in zip(chunk, rows, strict=True):
+            self.found[trial][case] = scores
+        self.rows_run += len(chunk)
+        self.pending -= len(chunk)

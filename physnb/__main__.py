@@ -13,8 +13,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from physnb.config import (
+    AXES,
+    EXECUTORS,
+    PERTURBATION_KINDS,
     PRESETS,
     SCENARIOS,
+    SEARCHES,
     SOLVERS,
     SPLITS,
     Guidance,
@@ -147,33 +151,49 @@ def command_heads(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def command_hunt(args: argparse.Namespace) -> dict[str, Any]:
-    from physnb.checkpoint import load_model, model_hash
-    from physnb.families import check_heads, heads_of
-    from physnb.plots import plot_differences, save_figure
-    from physnb.search import METRIC_UNITS, confirm, confirmation_cases, hunt_heads
+    from physnb.checkpoint import load_model
+    from physnb.confirm import METRIC_UNITS, confirm, confirm_heads
+    from physnb.executors import executor_named
+    from physnb.plots import plot_differences, plot_head_map, save_figure
+    from physnb.search import check_subject_heads, hunt_heads, pilot_power
     from physnb.store import TrialStore, prepare_folder, write_json
+    from physnb.subjects import simulated_subject
+    from physnb.trials import Trials
 
     hunt = preset(args.preset).hunt
-    given = {name: getattr(args, name) for name in ("top_k", "selection_cases", "confirmation_cases", "seed", "split")}
-    given |= dict(weight=args.weight, strength=args.strength)
-    hunt = dataclasses.replace(hunt, **{name: value for name, value in given.items() if value is not None})
+    names = {field.name for field in dataclasses.fields(hunt)}
+    given = {name: value for name, value in vars(args).items() if name in names and value is not None}
+    hunt = dataclasses.replace(hunt, **given)
     model = load_model(args.model)
-    heads = check_heads(model, head_set(args.heads)) if args.heads else heads_of(model)
-    require(hunt.top_k <= len(heads), f"--top-k must be at most {len(heads)}, the heads to hunt, got {hunt.top_k}")
-    folder = prepare_folder(args.out, resume=args.resume)
-    with TrialStore(folder / "trials.sqlite") as store:
-        ranking = hunt_heads(
-            model, hunt, heads=heads, store=store, model_hash=model_hash(args.model), progress=not args.json
-        )
-    hunted = ranking.top(hunt.top_k)
-    result = dict(hunt=json.loads(to_json(hunt)), hunted=[str(head) for head in hunted])
-    tables = {}
-    for split in dict.fromkeys((hunt.split, "id")):  # once, if the hunt was in distribution itself
-        cases = confirmation_cases(model, hunt, split)
-        tables[split] = [arm.to_row() for arm in confirm(model, hunt, hunted, cases=cases, progress=not args.json)]
-    result |= dict(table=tables[hunt.split], table_id=tables["id"], ranking=ranking.to_rows())
+    others = {Path(folder).name: load_model(folder) for folder in args.weaker}
+    subject = simulated_subject(model, hunt, "selection")
+    settings = dict(batch_size=args.batch_size, progress=not args.json)
+    with executor_named(args.executor, address=args.address, workers=args.workers) as executor:
+        trials = Trials(subject, executor=executor, **settings)
+        heads = check_subject_heads(trials, head_set(args.heads) if args.heads else None)
+        picks = hunt.top_k * hunt.rounds
+        require(picks <= len(heads), f"--top-k must be at most {len(heads)}, the heads to hunt, got {picks} picks")
+        folder = prepare_folder(args.out, resume=args.resume)
+        with TrialStore(folder / "trials.sqlite") as store:
+            trials = Trials(subject, store, executor=executor, **settings)
+            power = pilot_power(trials, hunt)
+            if not args.json:
+                print(f"power: {power}")
+            found = hunt_heads(trials, hunt, heads)
+            result = dict(hunt=json.loads(to_json(hunt)), hunted=[str(head) for head in found.heads])
+            result |= dict(power=power.to_dict(), ranking=found.ranking.to_rows())
+            for name, split in dict(table=hunt.split, table_id="id").items():
+                fresh = simulated_subject(model, hunt, "confirmation", split=split, others=others)
+                fresh = Trials(fresh, store, executor=executor, **settings)
+                if name == "table":
+                    verdicts = confirm_heads(trials, fresh, found.ranking, hunt, found.picked)
+                    result["heads"] = [verdict.to_row() for verdict in verdicts]
+                arms = confirm(trials, fresh, hunt, found.heads, others=list(others))
+                result[name] = [arm.to_row() for arm in arms]
     for name in ("table", "table_id"):
         save_figure(folder / f"{name}.png", plot_differences(result[name], METRIC_UNITS))
+    head_map = plot_head_map(found.ranking.layer_map(), found.heads, found.ranking.label)
+    save_figure(folder / "map.png", head_map)
     write_json(folder / "hunt.json", result)
     return result
 
@@ -285,16 +305,26 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = command("hunt", command_hunt, "rank every head, then confirm the best with controls on other cases")
     sub.add_argument("--model", default=str(REFERENCE_MODEL))
-    sub.add_argument("--preset", choices=PRESETS, default="quick")
+    sub.add_argument("--weaker", action="append", default=[], metavar="DIR", help="worse model, for AutoGuidance")
+    sub.add_argument("--preset", choices=PRESETS, default="quick", help="the other options take the place of its own")
     sub.add_argument("--out", required=True, help="run folder")
     sub.add_argument("--resume", action="store_true", help="go on with the hunt in --out")
     sub.add_argument("--heads", default="", help="hunt among these only, for example L0H1,L3H7")
+    sub.add_argument("--objective", help="a score of physnb.objectives, or module:function")
+    sub.add_argument("--search", choices=SEARCHES, help="all cases for every head, or a race")
+    sub.add_argument("--confidence", type=float, help="of a race: chance of the exhaustive top k")
     sub.add_argument("--split", choices=SPLITS)
-    for name in ("--top-k", "--selection-cases", "--confirmation-cases"):
-        sub.add_argument(name, type=count, help="instead of the preset's")
+    for name in ("--top-k", "--rounds", "--selection-cases", "--confirmation-cases", "--steps", "--random-draws"):
+        sub.add_argument(name, type=count)
     sub.add_argument("--seed", type=natural)
-    for name in ("--weight", "--strength"):
-        sub.add_argument(name, type=float, help="instead of the preset's")
+    sub.add_argument("--kind", choices=PERTURBATION_KINDS, help="of the perturbation")
+    sub.add_argument("--axis", choices=AXES, help="along which attention is broken")
+    sub.add_argument("--weight", type=float, help="guidance weight w")
+    sub.add_argument("--strength", type=float, help="perturbation strength u in [0, 1]")
+    sub.add_argument("--batch-size", type=count, help="clips a batch (default: as many as fit)")
+    sub.add_argument("--executor", choices=EXECUTORS, default="local", help="where trials run")
+    sub.add_argument("--address", help="of a running Ray cluster; without it one is started here")
+    sub.add_argument("--workers", type=count, help="Ray workers (default: one a GPU, or one a processor core)")
 
     sub = command("bench", command_bench, "time a part of the suite against the usual way")
     sub.add_argument("which", choices=("sim", "train", "heads", "metrics"))

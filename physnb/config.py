@@ -21,6 +21,7 @@ PERTURBATION_KINDS = ("identity", "uniform", "mean_query", "blur", "temperature"
 AXES = ("all", "space", "time")
 SCOPES = ("all", "video_rows", "video_block")
 SEARCHES = ("exhaustive", "race")
+EXECUTORS = ("local", "ray")
 SOLVERS = ("euler", "heun", "unipc", "dpmsolver++")
 
 

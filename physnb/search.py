@@ -291,6 +291,18 @@ class Power:
         """The smallest effect of the hunted set that its confirmation cases show."""
         return detectable_effect(self.deviation, self.confirmation_cases, power=self.power, level=self.level)
 
+    def to_dict(self) -> dict[str, float]:
+        """For JSON."""
+        seen = dict(smallest_seen=self.smallest_seen, smallest_confirmed=self.smallest_confirmed)
+        return vars(self) | seen
+
+    def __str__(self) -> str:
+        return (
+            f"{self.cases} selection cases show effects of one of {self.heads} heads from {self.smallest_seen:.3g} on, "
+            f"{self.confirmation_cases} confirmation cases those of the hunted set from {self.smallest_confirmed:.3g} on "
+            f"(spread {self.deviation:.3g}, power {self.power:.0%}, level {self.level:.0%})"
+        )
+
     def to_rows(self, effects: Sequence[float]) -> list[dict]:
         """For each size of effect, the cases to see it among all heads, and to confirm it for one set."""
         shared = dict(power=self.power, level=self.level)

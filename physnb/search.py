@@ -299,7 +299,7 @@ class Power:
     def __str__(self) -> str:
         return (
             f"{self.cases} selection cases show effects of one of {self.heads} heads from {self.smallest_seen:.3g} on, "
-            f"{self.confirmation_cases} confirmation cases those of the hunted set from {self.smallest_confirmed:.3g} on "
+            f"{self.confirmation_cases} confirmation cases those of the chosen from {self.smallest_confirmed:.3g} on "
             f"(spread {self.deviation:.3g}, power {self.power:.0%}, level {self.level:.0%})"
         )
 

@@ -218,8 +218,12 @@ def command_report(args: argparse.Namespace) -> dict[str, Any]:
 def command_bench(args: argparse.Namespace) -> dict[str, Any]:
     from physnb.bench import bench_simulator, bench_training
     from physnb.bench_heads import bench_heads
+    from physnb.bench_hunt import bench_hunt
+    from physnb.checkpoint import load_model
     from physnb.standings import bench_metrics
 
+    if args.which == "hunt":
+        return bench_hunt(load_model(args.model), preset("quick").hunt, args.rounds)
     benches = dict(sim=bench_simulator, train=bench_training, heads=bench_heads, metrics=bench_metrics)
     return benches[args.which](rounds=args.rounds)
 
@@ -327,7 +331,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--workers", type=count, help="Ray workers (default: one a GPU, or one a processor core)")
 
     sub = command("bench", command_bench, "time a part of the suite against the usual way")
-    sub.add_argument("which", choices=("sim", "train", "heads", "metrics"))
+    sub.add_argument("which", choices=("sim", "train", "heads", "metrics", "hunt"))
+    sub.add_argument("--model", default=str(REFERENCE_MODEL), help="of the hunt (default: %(default)s)")
     sub.add_argument("--rounds", type=count, default=7, help="turns of each side (default: %(default)s)")
 
     sub = command("report", command_report, "write report.html of a run folder anew")

@@ -262,6 +262,7 @@ class HuntConfig:
     rounds: int = 1  # HeadHunter's R: later rounds add heads to those kept before
     search: str = "exhaustive"  # or "race": heads that can no longer reach the top k get no further cases
     confidence: float = 0.9  # of a race: the chance that its top k are those of the exhaustive search
+    budget: int = 0  # rows (trial and case) that choosing may take; 0: as many as it needs
     weight: float = 2.0  # guidance weight w
     strength: float = 1.0  # perturbation strength u
     kind: str = "identity"  # of the perturbation
@@ -282,7 +283,8 @@ class HuntConfig:
         for name in counts:
             require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
         require(0 < self.confidence < 1, f"confidence must be in (0, 1), got {self.confidence}")
-        require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
+        for name in ("budget", "seed"):
+            require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
         self.guidance(())  # refuses a weight, strength, kind or axis out of range
 
     def guidance(self, heads: HeadSet) -> Guidance:

@@ -29,6 +29,9 @@ METHOD_COLOURS = {
     "CFG": PALETTE[1],
     "random heads": PALETTE[4],
     "all heads": PALETTE[3],
+    "best layer": PALETTE[2],
+    "SEG": PALETTE[8],
+    "AutoGuidance": PALETTE[5],
     "hunted heads": PALETTE[0],
 }
 EFFECT_COLOURS = "PuOr"  # diverging, safe for colour-blind readers; purple is harm, orange is help
@@ -38,8 +41,8 @@ matplotlib.rcParams.update(
 
 
 def method_colour(name: str):
-    """The colour of a method everywhere: `8 hunted heads` has that of `hunted heads`."""
-    return next((colour for method, colour in METHOD_COLOURS.items() if name.endswith(method)), PALETTE[5])
+    """The colour of a method everywhere: `8 hunted heads` has that of `hunted heads`, `SEG, L3` that of `SEG`."""
+    return next((colour for method, colour in METHOD_COLOURS.items() if method in name), PALETTE[9])
 
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1):
@@ -119,6 +122,30 @@ def plot_ranking(names: Sequence[str], means, lows, highs, chosen: int, label: s
     axis.scatter(places, means, color=colours, s=14, zorder=3)
     axis.set_xticks(places, names, rotation=90, fontsize=7)
     axis.set(ylabel=label, xlim=(-1, len(names)))
+    return figure
+
+
+def plot_promises(rows: Sequence[Mapping], label: str) -> Figure:
+    """What each chosen head promised on the selection cases and did on fresh ones; the step up is the winner's curse.
+
+    rows: of `confirm.HeadVerdict.to_row`, in the order to draw. Bars are 95 % intervals; filled where confirmed.
+    """
+    require(len(rows) > 0, "there is no head to draw")
+    figure, axes = new_figure(max(6, 0.7 * len(rows) + 2), 3.2)
+    axis, places = axes[0, 0], np.arange(len(rows))
+    axis.axhline(0, color="black", linewidth=0.8)
+    sides = (("promised", "selection cases", -0.12, METHOD_COLOURS["unguided"]),)
+    sides += (("confirmed", "confirmation cases", 0.12, METHOD_COLOURS["hunted heads"]),)
+    for name, text, shift, colour in sides:
+        for place, row in zip(places, rows, strict=True):
+            axis.vlines(place + shift, row[name]["low"], row[name]["high"], color=colour, linewidth=2)
+        filled = [colour if name == "promised" or row["q"] <= row["level"] else "white" for row in rows]
+        means = [row[name]["mean"] for row in rows]
+        axis.scatter(places + shift, means, color=filled, edgecolor=colour, s=28, zorder=3, label=text)
+    axis.set_xticks(places, [row["head"] for row in rows])
+    axis.set(ylabel=label, xlim=(-0.6, len(rows) - 0.4))
+    handles = [Line2D([], [], color=colour, marker="o", label=text) for _, text, _, colour in sides]
+    figure.legend(handles=handles, loc="outside upper right", ncols=2, frameon=False, fontsize=8)
     return figure
 
 

@@ -27,6 +27,7 @@ from physnb.statistics import Estimate, bootstrap_mean, cases_needed, detectable
 from physnb.store import read_json
 from physnb.trials import Trials
 
+Guide = Callable[[HeadSet], Guidance]  # the trial of a head set: `HuntConfig.guidance`
 FIRST_CASES = 12  # of a race: fewer give no usable spread
 GROWTH = 1.5  # cases of a stage of a race over those of the stage before
 
@@ -86,6 +87,18 @@ class HeadRanking:
         return [rows[head] for head in self.order()]
 
 
+def effects_so_far(trials: Trials, guide: Guide, heads: HeadSet) -> HeadRanking:
+    """The ranking of heads alone from the rows that are there, NaN where there is none yet."""
+    found, name, sign = trials.found, trials.subject.objective.name, trials.subject.objective.sign
+    baseline = found.get(Guidance(), {})
+    effects = torch.full((len(heads), len(trials.cases)), torch.nan)
+    for row, head in zip(effects, heads, strict=True):
+        for case, scores in found.get(guide((head,)), {}).items():
+            if case in baseline:
+                row[case] = sign * (scores[name] - baseline[case][name])
+    return HeadRanking(heads, effects, trials.subject.objective)
+
+
 @dataclass(frozen=True)
 class RaceStage:
     """What a race knew after one stage: cases a head, and how many heads were safely in, safely out, or still ran."""
@@ -127,9 +140,6 @@ class Hunt:
     def heads(self) -> HeadSet:
         """The hunted heads as a head set."""
         return head_set(self.picked)
-
-
-Guide = Callable[[HeadSet], Guidance]  # the trial of a head set: `HuntConfig.guidance`
 
 
 def check_subject_heads(trials: Trials, heads: Sequence[HeadId] | None) -> HeadSet:
@@ -177,6 +187,7 @@ def race_heads(
     kept: HeadSet = (),
     confidence: float = 0.9,
     seed: int = 0,
+    budget: int = 0,
 ) -> Race:
     """The k heads that `rank_heads` would put first, with a chance of about `confidence`, for fewer rows.
 
@@ -188,6 +199,8 @@ def race_heads(
     replacement from the N that the exhaustive search would average over: at n = N nothing is left to doubt.
     Approximate where differences are far from normal, and as the k-th best is itself an estimate. A case that could not
     be judged for either of two heads leaves their difference.
+    budget: rows at most, 0 for no limit; a race that would go beyond takes the best so far, and its last stage says how
+    many heads still ran. Raises ValueError if not even the first stage fits.
     """
     pool = tuple(head for head in check_subject_heads(trials, heads) if head not in kept)
     require(1 <= k <= len(pool), f"top k must be in [1, {len(pool)}], the heads to hunt, got {k}")
@@ -197,9 +210,17 @@ def race_heads(
     sizes = stage_sizes(count)
     level = (1 - confidence) / (len(pool) * len(sizes))
     effects = torch.full((len(pool), count), torch.nan)
-    running, settled, stages = list(range(len(pool))), [], []
+    running, settled, stages, rows, before = list(range(len(pool))), [], [], 0, 0
+    require(
+        budget == 0 or budget >= (len(pool) + 1) * sizes[0],
+        f"a budget of {budget} rows is too small for a race of {len(pool)} heads, which begins with "
+        f"{(len(pool) + 1) * sizes[0]}; give more, or fewer heads",
+    )
     for size in sizes:
-        cases = order[:size]
+        rows += (len(running) + 1) * (size - before)  # every head that still runs, and no guidance
+        if 0 < budget < rows:
+            break
+        cases, before = order[:size], size
         found = measure_effects(trials, [guide(head_set((*kept, pool[i]))) for i in running], cases, label="race")
         for i, row in zip(running, found, strict=True):
             effects[i, cases] = row
@@ -242,7 +263,8 @@ def hunt_heads(trials: Trials, hunt: HuntConfig, heads: Sequence[HeadId] | None 
     """HeadHunter: in each of `hunt.rounds` the `hunt.top_k` heads that help most join those kept before.
 
     Heads kept before are broken in every trial of a round and are not generated for again. With `hunt.search` "race" a
-    round is a race. Raises ValueError for heads that the model lacks, and for more picks than there are heads.
+    round is a race. A budget is shared evenly by the rounds. Raises ValueError for heads that the model lacks, for more
+    picks than there are heads, and for a budget that an exhaustive search would exceed.
     """
     pool = check_subject_heads(trials, heads)
     picks = hunt.top_k * hunt.rounds
@@ -250,14 +272,18 @@ def hunt_heads(trials: Trials, hunt: HuntConfig, heads: Sequence[HeadId] | None 
         picks <= len(pool),
         f"{hunt.rounds} rounds of top k {hunt.top_k} keep {picks} heads, but there are {len(pool)}; ask for less",
     )
+    rows = sum((1 + len(pool) - hunt.top_k * number) * len(trials.cases) for number in range(hunt.rounds))
+    require(
+        hunt.search != "exhaustive" or hunt.budget == 0 or rows <= hunt.budget,
+        f"the hunt takes {rows} rows, the budget is {hunt.budget}; search by race, or choose on fewer cases",
+    )
     picked: HeadSet = ()
     rankings, races = [], []
     for _ in range(hunt.rounds):
         kept = head_set(picked)
         if hunt.search == "race":
-            race = race_heads(
-                trials, hunt.guidance, hunt.top_k, pool, kept=kept, confidence=hunt.confidence, seed=hunt.seed
-            )
+            settings = dict(confidence=hunt.confidence, seed=hunt.seed, budget=hunt.budget // hunt.rounds)
+            race = race_heads(trials, hunt.guidance, hunt.top_k, pool, kept=kept, **settings)
             races.append(race)
             rankings.append(race.ranking)
             picked += tuple(head for head in race.ranking.order() if head in race.winners)

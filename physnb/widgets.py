@@ -1,4 +1,4 @@
-"""Controls around plots and stored choices: they use what is already there and never call a model."""
+"""Controls around plots, running hunts and stored choices: they show what is there and never call a model."""
 
 from __future__ import annotations
 
@@ -16,8 +16,16 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from physnb.choices import ANSWERS, ChoiceStore, Pair
-from physnb.config import require
-from physnb.plots import plot_attention, plot_clips, plot_surface, write_video
+from physnb.config import HeadSet, require
+from physnb.plots import plot_attention, plot_clips, plot_head_map, plot_surface, write_video
+from physnb.search import Guide, effects_so_far
+from physnb.trials import Trials
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    return buffer.getvalue()
 
 
 def browse(draw: Callable[..., tuple[Figure, str]], **controls: ipywidgets.Widget) -> ipywidgets.VBox:
@@ -33,9 +41,7 @@ def browse(draw: Callable[..., tuple[Figure, str]], **controls: ipywidgets.Widge
         except Exception as error:  # the reader of the cell is the only one who can act on it
             text = f"{type(error).__name__}: {error}"
         else:
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format="png", dpi=100)
-            picture.value = buffer.getvalue()
+            picture.value = _png(figure)
         sentence.value = html.escape(text)
 
     for control in controls.values():
@@ -44,6 +50,32 @@ def browse(draw: Callable[..., tuple[Figure, str]], **controls: ipywidgets.Widge
         control.observe(update, names="value")
     update()
     return ipywidgets.VBox([*controls.values(), sentence, picture])
+
+
+def watch_hunt(
+    guide: Guide, heads: HeadSet, *, every_s: float = 2.0
+) -> tuple[ipywidgets.VBox, Callable[[Trials], None]]:
+    """A map of heads that fills in while trials land, with the time left; and the `on_rows` of the Trials to watch.
+
+    guide: the trial of a head alone, as the hunt has it. The map is drawn anew every `every_s` seconds at most.
+    """
+    bar, sentence = ipywidgets.IntProgress(description="clips"), ipywidgets.HTML("waiting for the first clips")
+    picture, last = ipywidgets.Image(format="png"), 0.0
+
+    def on_rows(trials: Trials) -> None:
+        nonlocal last
+        bar.max = trials.rows_run + trials.pending
+        bar.value = trials.rows_run
+        minutes, seconds = divmod(round(trials.seconds_left), 60)
+        sentence.value = f"{trials.rows_run} of {bar.max} clips, {minutes}:{seconds:02d} left of this part"
+        if time.monotonic() - last < every_s and trials.pending:
+            return
+        ranking = effects_so_far(trials, guide, heads)
+        if not bool(ranking.effects.isnan().all()):
+            picture.value = _png(plot_head_map(ranking.layer_map(), label=ranking.label))
+        last = time.monotonic()
+
+    return ipywidgets.VBox([bar, sentence, picture]), on_rows
 
 
 def browse_surface(surfaces: Mapping[str, Mapping[tuple[float, float], Mapping]]) -> ipywidgets.VBox:

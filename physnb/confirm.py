@@ -137,21 +137,26 @@ def confirm(
 class HeadVerdict:
     """One chosen head: what it promised on the selection cases, and what it did alone on fresh ones.
 
-    gap: confirmed minus promised, the winner's curse where above 0, with its interval. p: sign-flip test that the mean
-    on fresh cases is below 0; q: its Benjamini-Hochberg value over the heads chosen.
+    gap: fresh minus promised, the winner's curse where above 0, with its interval. p: sign-flip test that the mean on
+    fresh cases is below 0; q: its Benjamini-Hochberg value over the heads chosen; confirmed: q at or below the false
+    discovery rate.
     """
 
     head: HeadId
     promised: Estimate
-    confirmed: Estimate
+    fresh: Estimate
     gap: Estimate
     p: float
     q: float
 
+    @property
+    def confirmed(self) -> bool:
+        return self.q <= FALSE_DISCOVERY_RATE
+
     def to_row(self) -> dict:
         """As one dict, ready for JSON."""
-        estimates = {name: getattr(self, name).to_dict() for name in ("promised", "confirmed", "gap")}
-        return dict(head=str(self.head)) | estimates | dict(p=self.p, q=self.q)
+        estimates = {name: getattr(self, name).to_dict() for name in ("promised", "fresh", "gap")}
+        return dict(head=str(self.head)) | estimates | dict(p=self.p, q=self.q, confirmed=self.confirmed)
 
 
 def confirm_heads(
@@ -159,8 +164,8 @@ def confirm_heads(
 ) -> list[HeadVerdict]:
     """Each chosen head alone on the confirmation cases, in the order given.
 
-    A head is confirmed where q <= level; over many hunts no more than that share of confirmed heads are false, since no
-    case that chose them judges them. Raises ValueError if the two sets of trials share a case.
+    Over many hunts no more than FALSE_DISCOVERY_RATE of the confirmed heads are false ones, since no case that chose
+    them judges them. Raises ValueError if the two sets of trials share a case.
     """
     require_disjoint(selection, confirmation)
     heads = tuple(heads)

@@ -30,7 +30,7 @@ METHOD_COLOURS = {
     "random heads": PALETTE[4],
     "all heads": PALETTE[3],
     "best layer": PALETTE[2],
-    "SEG": PALETTE[8],
+    "SEG": PALETTE[9],
     "AutoGuidance": PALETTE[5],
     "hunted heads": PALETTE[0],
 }
@@ -42,7 +42,7 @@ matplotlib.rcParams.update(
 
 def method_colour(name: str):
     """The colour of a method everywhere: `8 hunted heads` has that of `hunted heads`, `SEG, L3` that of `SEG`."""
-    return next((colour for method, colour in METHOD_COLOURS.items() if method in name), PALETTE[9])
+    return next((colour for method, colour in METHOD_COLOURS.items() if method in name), PALETTE[6])
 
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1):
@@ -135,11 +135,11 @@ def plot_promises(rows: Sequence[Mapping], label: str) -> Figure:
     axis, places = axes[0, 0], np.arange(len(rows))
     axis.axhline(0, color="black", linewidth=0.8)
     sides = (("promised", "selection cases", -0.12, METHOD_COLOURS["unguided"]),)
-    sides += (("confirmed", "confirmation cases", 0.12, METHOD_COLOURS["hunted heads"]),)
+    sides += (("fresh", "fresh cases", 0.12, METHOD_COLOURS["hunted heads"]),)
     for name, text, shift, colour in sides:
         for place, row in zip(places, rows, strict=True):
             axis.vlines(place + shift, row[name]["low"], row[name]["high"], color=colour, linewidth=2)
-        filled = [colour if name == "promised" or row["q"] <= row["level"] else "white" for row in rows]
+        filled = [colour if name == "promised" or row["confirmed"] else "white" for row in rows]
         means = [row[name]["mean"] for row in rows]
         axis.scatter(places + shift, means, color=filled, edgecolor=colour, s=28, zorder=3, label=text)
     axis.set_xticks(places, [row["head"] for row in rows])

@@ -17,6 +17,7 @@ from physnb.config import (
     EXECUTORS,
     PERTURBATION_KINDS,
     PRESETS,
+    PROMISES,
     SCENARIOS,
     SEARCHES,
     SOLVERS,
@@ -316,7 +317,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--heads", default="", help="hunt among these only, for example L0H1,L3H7")
     sub.add_argument("--objective", help="a score of physnb.objectives, or module:function")
     sub.add_argument("--search", choices=SEARCHES, help="all cases for every head, or a race")
-    sub.add_argument("--confidence", type=float, help="of a race: chance of the exhaustive top k")
+    sub.add_argument("--confidence", type=float, help="of a race: chance that it keeps its promise")
+    sub.add_argument("--promise", choices=PROMISES, help="of a race: the same top k as a set, or each head of it")
+    sub.add_argument("--budget", type=natural, help="clips that choosing may take (0: no limit)")
     sub.add_argument("--split", choices=SPLITS)
     for name in ("--top-k", "--rounds", "--selection-cases", "--confirmation-cases", "--steps", "--random-draws"):
         sub.add_argument(name, type=count)

@@ -21,6 +21,7 @@ PERTURBATION_KINDS = ("identity", "uniform", "mean_query", "blur", "temperature"
 AXES = ("all", "space", "time")
 SCOPES = ("all", "video_rows", "video_block")
 SEARCHES = ("exhaustive", "race")
+PROMISES = ("set", "head")
 EXECUTORS = ("local", "ray")
 SOLVERS = ("euler", "heun", "unipc", "dpmsolver++")
 
@@ -261,7 +262,8 @@ class HuntConfig:
     top_k: int = 8  # heads that a round keeps
     rounds: int = 1  # HeadHunter's R: later rounds add heads to those kept before
     search: str = "exhaustive"  # or "race": heads that can no longer reach the top k get no further cases
-    confidence: float = 0.9  # of a race: the chance that its top k are those of the exhaustive search
+    confidence: float = 0.9  # of a race: the chance that what it promises is what the exhaustive search finds
+    promise: str = "set"  # of a race: the same top k as a whole; or "head": for each of them, that it is found
     budget: int = 0  # rows (trial and case) that choosing may take; 0: as many as it needs
     weight: float = 2.0  # guidance weight w
     strength: float = 1.0  # perturbation strength u
@@ -279,6 +281,7 @@ class HuntConfig:
         require(len(self.scenarios) > 0, "scenarios must name at least one scenario")
         choose("split", self.split, SPLITS)
         choose("search", self.search, SEARCHES)
+        choose("promise", self.promise, PROMISES)
         counts = ("selection_cases", "confirmation_cases", "top_k", "rounds", "steps", "random_draws", "frames_given")
         for name in counts:
             require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")

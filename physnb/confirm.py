@@ -165,11 +165,15 @@ def confirm_heads(
     """Each chosen head alone on the confirmation cases, in the order given.
 
     Over many hunts no more than FALSE_DISCOVERY_RATE of the confirmed heads are false ones, since no case that chose
-    them judges them. Raises ValueError if the two sets of trials share a case.
+    them judges them. ranking: of every head alone, the first round of a hunt.
+    Raises ValueError if the two sets of trials share a case, and for heads or a ranking that promise nothing alone.
     """
     require_disjoint(selection, confirmation)
     heads = tuple(heads)
     require(len(heads) > 0, "there is no head to confirm")
+    require(not ranking.kept, "the ranking is of heads broken together with others; give a hunt's first, Hunt.ranking")
+    unranked = [str(head) for head in heads if head not in ranking.heads]
+    require(not unranked, f"nothing was promised of {', '.join(unranked)}: the ranking lacks them; rank them first")
     effects = measure_effects(confirmation, [hunt.guidance((head,)) for head in heads], label="heads")
     alone, _ = sign_flips(effects)
     verdicts = []

@@ -37,16 +37,20 @@ class PeakMemory(TorchDispatchMode):
         self.known: set[int] = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.see((args, kwargs), made_here=False)  # an operation may return a view of what was there before
         output = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self.known:
-                    self.known.add(storage._cdata)
-                    self.live += storage.nbytes()
-                    weakref.finalize(storage, self.freed, storage._cdata, storage.nbytes())
+        self.see(output, made_here=True)
         self.peak = max(self.peak, self.live)
         return output
+
+    def see(self, values: Any, made_here: bool) -> None:
+        """Take account of the tensors among `values` whose memory was not seen before."""
+        for tensor in tree_leaves(values):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self.known:
+                size = storage.nbytes() if made_here else 0
+                self.known.add(storage._cdata)
+                self.live += size
+                weakref.finalize(storage, self.freed, storage._cdata, size)
 
     def freed(self, key: int, size: int) -> None:
         self.known.discard(key)

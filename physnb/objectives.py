@@ -1,7 +1,7 @@
 """What a hunt can improve: a score of every generated clip, or of the model's own losses.
 
-    objective_named("tracking_error")                    # one of OBJECTIVES
-    Objective("my_score", judge=clip_judge(my_function)) # my_function(generated, true) -> Scores, one value a clip
+    objective_named("tracking_error")                 # one of OBJECTIVES
+    Objective("my_score", judge=clip_judge(my_score)) # my_score(generated, true) -> Scores, one value a clip
 
 A judge gives several scores at once, and all are stored; the objective says which of them decides. Distances between
 sets of clips (Frechet) are no objectives: a head could not be compared case by case.
@@ -9,9 +9,11 @@ sets of clips (Frechet) are no objectives: a head could not be compared case by 
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -26,10 +28,12 @@ from physnb.metrics import Scores, metric_trajectory
 from physnb.metrics.physics_iq import measure_takes
 from physnb.metrics.preference import UNTRAINED, RewardModel, metric_reward
 from physnb.metrics.question_making import metric_answers
+from physnb.metrics.scores import scores
 from physnb.model import VideoDiT
 
 ClipScorer = Callable[[Clip, Sequence[int]], Mapping[str, Scores]]  # generated clips of cases number ...
-ModelScorer = Callable[[VideoDiT, Sequence[Guidance], Sequence[int]], Mapping[str, Scores]]
+Others = Mapping[str, VideoDiT] | None  # networks that OtherModel guidance names
+ModelScorer = Callable[[VideoDiT, Sequence[Guidance], Sequence[int], Others], Mapping[str, Scores]]
 LOSS_LEVELS = 3  # noise levels of the preference objective; ten, as elsewhere, order heads no better for their price
 
 
@@ -37,7 +41,7 @@ LOSS_LEVELS = 3  # noise levels of the preference objective; ten, as elsewhere, 
 class Judge:
     """What is measured of every trial and case.
 
-    name, version: both decide under which key its scores are stored; raise the version with any change of a number.
+    name, version: the key under which its scores are stored; raise the version with any change of a number.
     prepare(cases, frames_given, seed): what scores those cases, after whatever can be made once. cases is None where
     there is no truth, as of prompts. generates: whether it scores generated clips, rather than the guided model itself.
     """
@@ -66,7 +70,7 @@ class Objective:
 def clip_judge(function: Callable[[Clip, Clip | None], Scores | Tensor], version: int = 1) -> Judge:
     """A judge from a function of (generated clips, their true clips or None) that gives one value a clip.
 
-    Its one score has the function's name. NaN is a clip that could not be judged.
+    Its one score has the function's name, it itself that of the module too. NaN is a clip that could not be judged.
     """
     name = function.__name__
 
@@ -78,12 +82,13 @@ def clip_judge(function: Callable[[Clip, Clip | None], Scores | Tensor], version
                 values.shape == (len(generated),),
                 f"{name} gave {tuple(values.shape)} values for {len(generated)} clips; give one each",
             )
-            reasons = tuple(f"{name} says not a number" if nan else None for nan in values.isnan().tolist())
-            return {name: Scores(name, "", values, found.reasons if isinstance(found, Scores) else reasons)}
+            if isinstance(found, Scores):
+                return {name: replace(found, name=name)}
+            return {name: scores(name, "", values, f"{name} says not a number")}
 
         return score
 
-    return Judge(name, prepare, version)
+    return Judge(f"{function.__module__}.{name}", prepare, version)
 
 
 def simulated(judge: str, cases: Clip | None) -> Clip:
@@ -130,11 +135,11 @@ def prepare_preference(cases: Clip | None, frames_given: int, seed: int) -> Mode
     kinds = dict.fromkeys(kind for scenario in dict.fromkeys(cases.scenarios) for kind in kinds_for(scenario))
     variants = [make_impossible(cases, kind, frames_given=frames_given, seed=seed) for kind in kinds]
 
-    def score(model: VideoDiT, guidance: Sequence[Guidance], rows: Sequence[int]) -> dict[str, Scores]:
+    def score(model: VideoDiT, guidance: Sequence[Guidance], rows: Sequence[int], others: Others) -> dict[str, Scores]:
         rows = list(rows)
         levels = noise_levels(LOSS_LEVELS, model.config.noise_shift)
         mine = [variant[rows] for variant in variants]
-        found = preference_error(model, cases[rows], mine, guidance=guidance, levels=levels, seed=seed)
+        found = preference_error(model, cases[rows], mine, guidance=guidance, others=others, levels=levels, seed=seed)
         return {name: found[name] for name in PREFERENCE}
 
     return score
@@ -168,15 +173,17 @@ OBJECTIVES = {
 }
 
 
-def reward_objective(model: RewardModel, version: int = 1) -> Objective:
-    """A reward fitted to choices as an objective; give every fitted model its own version."""
-    judge = Judge("reward", partial(prepare_reward, model=model), version)
+def reward_objective(model: RewardModel) -> Objective:
+    """A reward fitted to choices as an objective; the scores of every fitted model are stored apart."""
+    digest = hashlib.sha256(model.weights.numpy().tobytes()).hexdigest()[:8]
+    judge = Judge(f"reward/{digest}", partial(prepare_reward, model=model))
     return Objective("reward", judge, "log-odds", lower_is_better=False)
 
 
 def objective_named(name: str) -> Objective:
     """The objective of OBJECTIVES called `name`, or a function given as `module:function`, lower values being better.
 
+    The version of a function is a hash of its module's source: after a change scores are made anew.
     Raises ValueError naming what there is.
     """
     module, colon, function = name.partition(":")
@@ -184,7 +191,12 @@ def objective_named(name: str) -> Objective:
         return OBJECTIVES[choose("objective", name, OBJECTIVES)]
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:  # ValueError: an empty name
         raise ValueError(f"objective {name} cannot be imported ({error}); give module:function") from None
-    require(callable(found), f"objective {name} is no function of (generated, true)")
-    return Objective(found.__name__, clip_judge(found))
+    require(inspect.isfunction(found), f"objective {name} is no function of (generated, true)")
+    try:
+        source = inspect.getsource(inspect.getmodule(found))
+    except (OSError, TypeError):
+        raise ValueError(f"objective {name} lies in no file; write it into one, or use clip_judge") from None
+    version = int(hashlib.sha256(source.encode()).hexdigest()[:8], 16)
+    return Objective(found.__name__, clip_judge(found, version))

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from scipy.stats import t as student
 from torch import Tensor
 
-from physnb.config import Guidance, HeadId, HeadSet, HuntConfig, head_set, require
+from physnb.config import PROMISES, Guidance, HeadId, HeadSet, HuntConfig, choose, head_set, require
 from physnb.objectives import Objective
 from physnb.statistics import Estimate, bootstrap_mean, cases_needed, detectable_effect, sign_flips
 from physnb.store import read_json
@@ -186,17 +186,21 @@ def race_heads(
     *,
     kept: HeadSet = (),
     confidence: float = 0.9,
+    promise: str = "set",
     seed: int = 0,
     budget: int = 0,
 ) -> Race:
-    """The k heads that `rank_heads` would put first, with a chance of about `confidence`, for fewer rows.
+    """The k heads that `rank_heads` would put first, for fewer rows.
+
+    promise "set": all k are the same with a chance of about `confidence`. "head": each of the k is found with that
+    chance, so about that share of them; a good deal cheaper where heads at the border are alike.
 
     Successive elimination with paired differences. Cases come in an order drawn by `seed`, FIRST_CASES of them for
     every head, GROWTH times as many in every later stage. After a stage a head outside the top k is dropped where its
     mean exceeds that of the k-th best head beyond doubt, and one inside is settled where that of the (k + 1)-th best
-    exceeds its own. Beyond doubt: Student's t interval of the paired difference, level (1 - confidence) over heads and
-    stages (Bonferroni), with the standard error scaled by sqrt((N - n) / (N - 1)), for the n cases are drawn without
-    replacement from the N that the exhaustive search would average over: at n = N nothing is left to doubt.
+    exceeds its own. Beyond doubt: Student's t interval of the paired difference, level (1 - confidence) over stages, and
+    over heads for the set (Bonferroni), with the standard error scaled by sqrt((N - n) / (N - 1)), for the n cases are
+    drawn without replacement from the N that the exhaustive search would average over: at n = N there is no doubt.
     Approximate where differences are far from normal, and as the k-th best is itself an estimate. A case that could not
     be judged for either of two heads leaves their difference.
     budget: rows at most, 0 for no limit; a race that would go beyond takes the best so far, and its last stage says how
@@ -205,10 +209,11 @@ def race_heads(
     pool = tuple(head for head in check_subject_heads(trials, heads) if head not in kept)
     require(1 <= k <= len(pool), f"top k must be in [1, {len(pool)}], the heads to hunt, got {k}")
     require(0 < confidence < 1, f"confidence must be in (0, 1), got {confidence}")
+    choose("promise", promise, PROMISES)
     count = len(trials.cases)
     order = np.random.default_rng(seed).permutation(count).tolist()
     sizes = stage_sizes(count)
-    level = (1 - confidence) / (len(pool) * len(sizes))
+    level = (1 - confidence) / len(sizes) / (len(pool) if promise == "set" else 1)
     effects = torch.full((len(pool), count), torch.nan)
     running, settled, stages, rows, before = list(range(len(pool))), [], [], 0, 0
     require(
@@ -282,7 +287,8 @@ def hunt_heads(trials: Trials, hunt: HuntConfig, heads: Sequence[HeadId] | None 
     for _ in range(hunt.rounds):
         kept = head_set(picked)
         if hunt.search == "race":
-            settings = dict(confidence=hunt.confidence, seed=hunt.seed, budget=hunt.budget // hunt.rounds)
+            settings = dict(confidence=hunt.confidence, promise=hunt.promise, seed=hunt.seed)
+            settings |= dict(budget=hunt.budget // hunt.rounds)
             race = race_heads(trials, hunt.guidance, hunt.top_k, pool, kept=kept, **settings)
             races.append(race)
             rankings.append(race.ranking)

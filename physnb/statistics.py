@@ -95,14 +95,23 @@ def cases_needed(deviation: float, effect: float, *, power: float = 0.9, level: 
     n = ((z_(1 - level / tests) + z_power) deviation / effect)^2 by the normal approximation, Bonferroni over `tests`;
     deviation: standard deviation of the paired differences. At least 2.
     """
-    require(effect != 0 and 0 < power < 1 and 0 < level < 1 and tests > 0, "effect, power, level or tests out of range")
-    quantiles = norm.ppf(1 - level / tests) + norm.ppf(power)
-    return max(2, math.ceil((quantiles * deviation / effect) ** 2))
+    require(math.isfinite(effect) and effect != 0, f"an effect to be found must be a number other than 0, got {effect}")
+    return max(2, math.ceil((power_quantiles(deviation, power, level, tests) * deviation / effect) ** 2))
 
 
 def detectable_effect(
     deviation: float, cases: int, *, power: float = 0.9, level: float = 0.05, tests: int = 1
 ) -> float:
     """The size of the mean difference for which `cases` are enough: `cases_needed` turned round."""
-    require(cases > 0 and 0 < power < 1 and 0 < level < 1 and tests > 0, "cases, power, level or tests out of range")
-    return float((norm.ppf(1 - level / tests) + norm.ppf(power)) * deviation / math.sqrt(cases))
+    require(cases > 0, f"cases must be positive, got {cases}")
+    return power_quantiles(deviation, power, level, tests) * deviation / math.sqrt(cases)
+
+
+def power_quantiles(deviation: float, power: float, level: float, tests: int) -> float:
+    """z_(1 - level / tests) + z_power; raises ValueError for settings out of range."""
+    require(math.isfinite(deviation) and deviation >= 0, f"deviation must be a number of at least 0, got {deviation}")
+    require(
+        tests > 0 and 0 < level < 1 and level / tests < power < 1,
+        f"of {tests} tests at level {level} the power must be above level / tests and below 1, got {power}",
+    )
+    return float(norm.ppf(1 - level / tests) + norm.ppf(power))

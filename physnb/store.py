@@ -134,15 +134,17 @@ class Database:
                 version = self.connection.execute("PRAGMA user_version").fetchone()[0]
                 found = {name for (name,) in self.connection.execute("SELECT name FROM sqlite_master")}
                 found = {name for name in found if not name.startswith("sqlite_")}
-                require(found <= self.tables, f"{self.path} is the database of another program; choose another file")
+                # tables and version are made together, so tables without a version are not ours
+                ours = found <= self.tables and (version != 0 or not found)
+                require(ours, f"{self.path} is the database of another program; choose another file")
                 require(
                     version in (0, self.version),
                     f"{self.path} has schema version {version}, not {self.version}; choose another file",
                 )
                 self.connection.execute("PRAGMA journal_mode=WAL")
-                with self.connection:
-                    self.connection.executescript(self.schema)
-                    self.connection.execute(f"PRAGMA user_version={self.version}")
+                if version == 0:
+                    stamp = f"PRAGMA user_version={self.version};"
+                    self.connection.executescript(f"BEGIN IMMEDIATE;{self.schema}{stamp}COMMIT;")
         except BaseException:
             self.connection.close()
             raise
@@ -222,9 +224,17 @@ CREATE TABLE IF NOT EXISTS scores (
         }
 
     def table(self) -> pandas.DataFrame:
-        """Every row: trial, name, case_name, written, then what the trials' identities hold and the scores."""
+        """One row a trial and case: trial, name, case_name, written, then what identities hold and every score.
+
+        `guidance.weak.1.heads` is of the first weak model, `subject.judge` the metric and its version. A score is NaN
+        where the case could not be judged, or the judge of that row does not give it.
+        """
         query = "SELECT trial, name, identity, case_name, scores, written FROM scores JOIN trials USING (trial)"
         with self._named():
-            found = pandas.read_sql_query(query, self.connection)
-        wide = [pandas.json_normalize(found.pop(name).map(json.loads).tolist()) for name in ("identity", "scores")]
-        return found.join(wide)
+            found = pandas.read_sql_query(f"{query} ORDER BY name, trial, case_name", self.connection)
+        identities, scores = ([json.loads(text) for text in found.pop(name)] for name in ("identity", "scores"))
+        if not identities:
+            return found
+        found = found.join(pandas.json_normalize(identities))
+        scores = pandas.DataFrame(scores, dtype=float)  # a column of nothing but null is one of numbers too
+        return found.merge(scores, left_index=True, right_index=True, suffixes=("", "_score"))

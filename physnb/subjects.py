@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from jaxtyping import Float
@@ -57,19 +56,30 @@ class Subject(Protocol):
 
 
 def fingerprint(model: nn.Module) -> str:
-    """12 hex digits of the SHA-256 of a model's class, configuration and weights."""
-    config = {name: value for name, value in getattr(model, "config", {}).items() if not name.startswith("_")}
-    digest = hashlib.sha256(json.dumps([type(model).__name__, config], sort_keys=True, default=str).encode())
+    """12 hex digits of the SHA-256 of a model's class, weights and, if it is a model of diffusers, configuration."""
+    config = getattr(model, "config", None)
+    digest = hashlib.sha256((type(model).__name__ + config_json(config)).encode())
     for name, value in sorted(model.state_dict().items()):
-        array = value.detach().cpu().contiguous().view(torch.uint8) if value.ndim else value.detach().cpu().reshape(1)
-        digest.update(name.encode())
-        digest.update(np.ascontiguousarray(array.numpy()).data)
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:12]
+
+
+def config_json(config: Any) -> str:
+    """A configuration of diffusers as canonical JSON, without what says where it came from; of others nothing."""
+    entries = config if isinstance(config, Mapping) else {}
+    known = {name: value for name, value in entries.items() if not name.startswith("_")}
+    return json.dumps(known, sort_keys=True, default=str)
 
 
 def judged(objective: Objective, scores: Mapping[str, Scores], rows: Sequence[Row]) -> dict[str, Float[Tensor, " row"]]:
     """The values of a judge's scores; raises ValueError unless the objective is among them, one value a row."""
     require(objective.name in scores, f"judge {objective.judge.name} gives {', '.join(scores)}, no {objective.name}")
+    better = {True: "lower", False: "higher"}
+    says, wanted = (better[x.lower_is_better] for x in (scores[objective.name], objective))
+    require(
+        says == wanted, f"{objective.name} is better when {says}, but the objective is told {wanted}; make both agree"
+    )
     values = {name: found.values.float() for name, found in scores.items()}
     for name, found in values.items():
         require(found.shape == (len(rows),), f"{name} has {tuple(found.shape)} values for {len(rows)} rows")
@@ -133,7 +143,7 @@ class ModelSubject:
     def score(self, rows: Sequence[Row]) -> dict[str, Float[Tensor, " row"]]:
         guidance, numbers = [g for g, _ in rows], [case for _, case in rows]
         if not self.objective.judge.generates:
-            return judged(self.objective, self.scorer(self.model, guidance, numbers), rows)
+            return judged(self.objective, self.scorer(self.model, guidance, numbers, self.others), rows)
         made = generate(
             self.model,
             self.cases[numbers],
@@ -203,8 +213,11 @@ class PipelineSubject:
     @cached_property
     def identity(self) -> dict[str, Any]:
         judge, kind = self.objective.judge, type(self.pipe).__name__
-        models = "+".join(fingerprint(model) for model in transformers_of(self.pipe))
-        settings = dict(pipeline=kind, model=models, steps=self.steps, fps=self.fps)
+        parts = {  # the decoder and the scheduler shape a clip as the transformer does
+            name: fingerprint(part) if isinstance(part, nn.Module) else config_json(getattr(part, "config", None))
+            for name, part in sorted(self.pipe.components.items())
+        }
+        settings = dict(pipeline=kind, parts=parts, steps=self.steps, fps=self.fps)
         return settings | dict(judge=f"{judge.name}@{judge.version}", settings=dict(self.settings))
 
     def score(self, rows: Sequence[Row]) -> dict[str, Float[Tensor, " row"]]:

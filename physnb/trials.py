@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -14,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from physnb.config import Guidance, LayerSkip, Perturbation, require
+from physnb.config import Guidance, LayerSkip, Perturbation, Weak, choose, require
 from physnb.store import TrialStore
 from physnb.subjects import Row, Subject
 
@@ -37,17 +38,33 @@ def score_chunk(subject: Subject, chunk: Sequence[Row]) -> Outcome:
     """The scores of a chunk; if that raises, of its rows one at a time, so that one bad row costs no other."""
     try:
         return Outcome(list(range(len(chunk))), subject.score(chunk))
-    except Exception:
-        kept, parts, error = [], [], None
-        for number, (trial, case) in enumerate(chunk):
-            try:
-                parts.append(subject.score([(trial, case)]))
-                kept.append(number)
-            except Exception as raised:
-                row = f"case {subject.case_names[case]} of trial {trial_name(trial)}"
-                error = error or f"{row} raised {type(raised).__name__}: {raised}"
-        names = parts[0] if parts else {}
-        return Outcome(kept, {name: torch.cat([part[name] for part in parts]) for name in names}, error)
+    except Exception as raised:
+        together = describe(raised)  # as text: the exception would hold on to the batch's memory
+    kept, parts, error = [], [], None
+    for number, (trial, case) in enumerate(chunk):
+        try:
+            parts.append(subject.score([(trial, case)]))
+            kept.append(number)
+        except Exception as raised:
+            row = f"case {subject.case_names[case]} of trial {trial_name(trial)}"
+            error = error or f"{row} raised {describe(raised)}"
+    # A batch that does not fit is no fault of the objective; one that fails for another reason is.
+    if error is None and "memory" not in together.lower():
+        error = f"{len(chunk)} rows at once raised {together}, though each alone did not"
+    names = parts[0] if parts else {}
+    return Outcome(kept, {name: torch.cat([part[name] for part in parts]) for name in names}, error)
+
+
+def describe(error: Exception) -> str:
+    """`KeyError: 'disc' (my_scores.py, line 12)`: an exception, and the line outside of this package that led to it."""
+    places = [frame for frame in traceback.extract_tb(error.__traceback__) if not is_ours(frame.filename)]
+    where = f" ({Path(places[0].filename).name}, line {places[0].lineno})" if places else ""
+    return f"{type(error).__name__}: {error}{where}"
+
+
+def is_ours(file: str) -> bool:
+    """Whether a source file is part of this package."""
+    return Path(file).is_relative_to(Path(__file__).parent)
 
 
 class Executor(Protocol):
@@ -65,17 +82,40 @@ class LocalExecutor:
 
 
 def trial_name(trial: Guidance) -> str:
-    """A trial in a few words: `unguided`, `text w=1`, `identity u=1 w=2 L0H1,L3H7`."""
+    """A trial in a few words: `unguided`, `text w=1`, `identity u=1 w=2 L0H1,L3H7`, then what is not at its default."""
     parts = [f"text w={trial.text_weight:g}"] if trial.text_weight else []
     for weight, weak in trial.weak:
         if isinstance(weak, Perturbation):
             kind = weak.kind if weak.axis == "all" else f"{weak.kind}/{weak.axis}"
-            parts.append(f"{kind} u={weak.strength:g} w={weight:g} {','.join(map(str, weak.heads))}")
+            more = unusual_settings(weak, "heads", "strength", "kind", "axis")
+            parts.append(f"{kind} u={weak.strength:g} w={weight:g} {','.join(map(str, weak.heads))}{more}")
         elif isinstance(weak, LayerSkip):
             parts.append(f"skip w={weight:g} {','.join(f'L{layer}' for layer in weak.layers)}")
         else:
             parts.append(f"{weak.name} w={weight:g}")
-    return " + ".join(parts) or "unguided"
+    return (" + ".join(parts) or "unguided") + unusual_settings(trial, "text_weight", "weak")
+
+
+def unusual_settings(settings: Guidance | Perturbation, *said: str) -> str:
+    """` start=0.5 stop=0.8`: the fields that are neither `said` nor at their default."""
+    values = {f.name: (getattr(settings, f.name), f.default) for f in fields(settings) if f.name not in said}
+    return "".join(f" {name}={value}" for name, (value, default) in values.items() if value != default)
+
+
+def plain_settings(settings: Guidance | Weak) -> dict[str, Any]:
+    """The fields of a guidance or weak model for JSON: the same text for equal ones, though one says 2 and one 2.0."""
+    found: dict[str, Any] = {}
+    for name, value in ((f.name, getattr(settings, f.name)) for f in fields(settings)):
+        if name == "weak":
+            found[name] = {
+                str(number): dict(type=type(weak).__name__, weight=float(weight)) | plain_settings(weak)
+                for number, (weight, weak) in enumerate(value, 1)
+            }
+        elif isinstance(value, tuple):  # heads, layers, sigma
+            found[name] = ",".join(map(str, value))
+        else:
+            found[name] = value if isinstance(value, str) else float(value)
+    return found
 
 
 def first_broken_layer(trial: Guidance) -> int:
@@ -122,26 +162,30 @@ class Trials:
         return self.seconds / max(1, self.rows_run) * self.pending
 
     def identity(self, trial: Guidance) -> str:
-        """Canonical JSON of all that decides the trial's scores besides the case."""
-        guidance: dict[str, Any] = dataclasses.asdict(trial)
-        guidance["weak"] = [[weight, type(weak).__name__, dataclasses.asdict(weak)] for weight, weak in trial.weak]
-        return f'{{"guidance": {json.dumps(guidance, sort_keys=True)}, "subject": {self._identity}}}'
+        """Canonical JSON of all that decides the trial's scores besides the case; equal trials have the same."""
+        return f'{{"guidance": {json.dumps(plain_settings(trial), sort_keys=True)}, "subject": {self._identity}}}'
 
     def scores(
         self, trials: Sequence[Guidance], cases: Sequence[int] | None = None, name: str = "", label: str = "trials"
     ) -> Float[Tensor, "trial case"]:
         """The objective, or the score `name` of its judge, of every trial on every case (default: all cases).
 
-        Raises ValueError for an objective that cannot judge a single row, and where it raises itself, naming the row;
-        rows that were scored before are kept.
+        Raises ValueError for a case or a score that is not there, for an objective that cannot judge a single row, and
+        where it raises itself, naming the row; rows that were scored before are kept.
         """
         cases = list(self.cases if cases is None else cases)
-        self._measure(list(dict.fromkeys(trials)), cases, label)
-        name = name or self.subject.objective.name
-        table = torch.tensor([[self.found[trial][case][name] for case in cases] for trial in trials])
+        unknown = [case for case in cases if case not in self.cases]
+        require(not unknown, f"there is no case {unknown[:1]}; cases are numbered from 0 to {len(self.cases) - 1}")
+        self._measure(list(dict.fromkeys(trials)), list(dict.fromkeys(cases)), label)
+        objective = self.subject.objective.name
+        name = name or objective
+        rows = [[self.found[trial][case] for case in cases] for trial in trials]
+        for scores in (scores for row in rows for scores in row):
+            choose("score", name, scores)
+        table = torch.tensor([[scores[name] for scores in row] for row in rows]).reshape(len(rows), len(cases))
         names = ", ".join(trial_name(trial) for trial in trials[:2])
         require(
-            len(trials) == 0 or name != self.subject.objective.name or not bool(table.isnan().all()),
+            table.numel() == 0 or name != objective or not bool(table.isnan().all()),
             f"objective {name} is not a number on any of {len(cases)} cases of {len(trials)} trials ({names}, ...), so "
             "nothing can be compared; look at one clip, then choose another objective or other cases",
         )
@@ -165,25 +209,20 @@ class Trials:
         chunks = [[row for row in chunk if row not in done] for chunk in chunks]
         chunks = [chunk for chunk in chunks if chunk]
         self.pending = sum(map(len, chunks))
-        bar = tqdm(
-            total=len(rows), initial=len(rows) - self.pending, disable=not self.progress, unit="clip", desc=label
-        )
-        begun, error = time.perf_counter(), None
-        for number, outcome in self.executor.run(self.subject, chunks):
-            self._keep([chunks[number][row] for row in outcome.rows], outcome.scores)
-            self.seconds += time.perf_counter() - begun
-            begun, error = time.perf_counter(), error or outcome.error
-            bar.update(len(outcome.rows))
-            if self.on_rows is not None:
-                self.on_rows(self)
-            if error:
-                break
-        bar.close()
-        require(
-            error is None,
-            f"objective {self.subject.objective.name}: {error}; mend it and start again, what was "
-            "scored before is kept in the store",
-        )
+        before, error = len(rows) - self.pending, None
+        with tqdm(total=len(rows), initial=before, disable=not self.progress, unit="clip", desc=label) as bar:
+            begun = time.perf_counter()
+            for number, outcome in self.executor.run(self.subject, chunks):
+                self._keep([chunks[number][row] for row in outcome.rows], outcome.scores)
+                self.seconds += time.perf_counter() - begun
+                bar.update(len(outcome.rows))
+                if self.on_rows is not None:
+                    self.on_rows(self)
+                begun, error = time.perf_counter(), outcome.error
+                if error:
+                    break
+        name = self.subject.objective.name
+        require(error is None, f"objective {name}: {error}; mend it and start again, what was scored before is kept")
 
     def _load(self, trial: Guidance) -> None:
         if trial not in self.found:

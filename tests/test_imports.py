@@ -42,17 +42,23 @@ ALLOWED = {  # data and metrics are one module each; `__init__` is what `import 
     "evaluate": "config data generate likelihood metrics model statistics store",
     "optimizer": "",
     "train": "config data flow memory model optimizer store",
-    "search": "config data families generate metrics model statistics store",
+    "objectives": "config data likelihood metrics model",
+    "subjects": "config data families generate guidance guide memory metrics model objectives pretrained",
+    "trials": "config store subjects",
+    "executors": "config trials",
+    "search": "config objectives statistics store trials",
+    "confirm": "config search statistics trials",
     "analysis": "config data families flow generate hooks model",
-    "widgets": "choices config plots",
+    "widgets": "choices config plots search trials",
     "results": "plots store",
     "tables": "",
     "runs": "config results store tables",
     "bench": "config data memory model train",
     "bench_heads": "bench config flow guidance hooks memory model",
+    "bench_hunt": "bench config flow generate hooks memory model search subjects trials",
     "standings": "bench config data ladder metrics",
-    "__main__": "bench bench_heads checkpoint config data evaluate families generate metrics plots pretrained runs "
-    "search standings store tables train",
+    "__main__": "bench bench_heads bench_hunt checkpoint config confirm data evaluate executors generate metrics plots "
+    "pretrained runs search standings store subjects tables train trials",
 }
 ONLY_IN = {"matplotlib": {"plots", "widgets"}, "ipywidgets": {"widgets"}, "papermill": {"runs"}}
 

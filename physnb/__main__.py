@@ -56,18 +56,20 @@ def natural(text: str) -> int:
 
 
 def command_train(args: argparse.Namespace) -> dict[str, Any] | None:
-    from physnb.checkpoint import save_model
+    from physnb.checkpoint import fingerprint, load_model, save_model
     from physnb.evaluate import result_table, sample_grid
     from physnb.train import is_main_process, train
 
     config = preset(args.preset).train
     given = {name: getattr(args, name) for name in ("steps", "batch", "seed", "learning_rate")}
+    start = load_model(args.start) if args.start else None
+    given |= dict(start=fingerprint(start) if start else None)
     config = dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
     if args.dry_run:
         return json.loads(to_json(config))
     folder, model_folder = Path(args.out), Path(args.out) / "model"
     require(not model_folder.exists(), f"{model_folder} is already trained; choose another --out")
-    model = train(config, folder, resume=args.resume, save_every=args.save_every,
+    model = train(config, folder, start=start, resume=args.resume, save_every=args.save_every,
                   sample_every=args.sample_every, on_sample=sample_grid, progress=not args.json)  # fmt: skip
     if not is_main_process():
         return None  # the first process speaks for all
@@ -269,6 +271,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("train", command_train, "train a VideoDiT")
     sub.add_argument("--preset", choices=PRESETS, default="quick")
     sub.add_argument("--out", required=True, help="run folder; the model appears in its folder `model`")
+    sub.add_argument("--start", metavar="DIR", help="model folder whose weights training begins with")
     sub.add_argument("--resume", action="store_true", help="go on with the run in --out")
     for name, kind in (("--steps", count), ("--batch", count), ("--seed", natural), ("--learning-rate", float)):
         sub.add_argument(name, type=kind, help="instead of the preset's")

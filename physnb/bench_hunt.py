@@ -102,8 +102,8 @@ def bench_hunt(model: VideoDiT, hunt: HuntConfig, rounds: int = 7) -> dict[str, 
     """A hunt by the published loop against ours, on one model, in one run.
 
     exhaustive_ratio: seconds of the published loop, timed on one head a layer and SAMPLED_CASES cases and scaled to all
-    heads and cases, over the seconds of `rank_heads`, which runs whole. racing_ratio: the same over the seconds of a race
-    that promises each head, which also runs whole; recall: the share of the exhaustive top k that such races find.
+    heads and cases, over the seconds of `rank_heads`, which runs whole. racing_ratio: the same over those of a race
+    promising each head, which also runs whole; recall: the share of the exhaustive top k that such races find.
     races: the same for both promises. max_score_difference: between both loops, on the sample.
     factors: seconds a row, one change after the other. steps: what hunts of fewer sampling steps find of the one of
     MANY_STEPS, on STEPS_CASES cases; that factor is in no ratio. growth: seconds of exhaustive hunts of other sizes.
@@ -162,7 +162,7 @@ def bench_hunt(model: VideoDiT, hunt: HuntConfig, rounds: int = 7) -> dict[str, 
 def bench_races(
     subject: ModelSubject, known: Trials, hunt: HuntConfig, promise: str, repetitions: int
 ) -> dict[str, Any]:
-    """Seconds of one whole race; recall and share of rows over several orders of the cases, from rows that are known."""
+    """Seconds of one whole race; recall and share of rows over orders of the cases, from rows that are known."""
     settings = dict(k=hunt.top_k, confidence=hunt.confidence, promise=promise)
     top = rank_heads(known, hunt.guidance).top(hunt.top_k)
     seconds, race = timed(

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
 
 from physnb.config import require
 from physnb.memory import keep_freed_memory
@@ -45,9 +51,18 @@ def load_model(folder: str | Path) -> VideoDiT:
     return model.eval()
 
 
-def model_hash(folder: str | Path) -> str:
-    """First 12 hex digits of the SHA-256 of a model folder's weights and config."""
-    digest = hashlib.sha256()
-    for name in (CONFIG, WEIGHTS):
-        digest.update((Path(folder) / name).read_bytes())
+def fingerprint(model: nn.Module) -> str:
+    """12 hex digits of the SHA-256 of a model's class, weights and, if it is a model of diffusers, configuration."""
+    config = getattr(model, "config", None)
+    digest = hashlib.sha256((type(model).__name__ + config_json(config)).encode())
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:12]
+
+
+def config_json(config: Any) -> str:
+    """A configuration of diffusers as canonical JSON, without what says where it came from; of others nothing."""
+    entries = config if isinstance(config, Mapping) else {}
+    known = {name: value for name, value in entries.items() if not name.startswith("_")}
+    return json.dumps(known, sort_keys=True, default=str)

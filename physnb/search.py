@@ -198,8 +198,8 @@ def race_heads(
     Successive elimination with paired differences. Cases come in an order drawn by `seed`, FIRST_CASES of them for
     every head, GROWTH times as many in every later stage. After a stage a head outside the top k is dropped where its
     mean exceeds that of the k-th best head beyond doubt, and one inside is settled where that of the (k + 1)-th best
-    exceeds its own. Beyond doubt: Student's t interval of the paired difference, level (1 - confidence) over stages, and
-    over heads for the set (Bonferroni), with the standard error scaled by sqrt((N - n) / (N - 1)), for the n cases are
+    exceeds its own. Beyond doubt: Student's t interval of the paired difference, level (1 - confidence) over stages,
+    and over heads for the set (Bonferroni), with the standard error scaled by sqrt((N - n) / (N - 1)): the n cases are
     drawn without replacement from the N that the exhaustive search would average over: at n = N there is no doubt.
     Approximate where differences are far from normal, and as the k-th best is itself an estimate. A case that could not
     be judged for either of two heads leaves their difference.

@@ -7,7 +7,6 @@ between trials are paired. A subject knows nothing of batches, stores or search:
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -18,6 +17,7 @@ from diffusers import DiffusionPipeline
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from physnb.checkpoint import fingerprint
 from physnb.config import Guidance, HeadSet, HuntConfig, Perturbation, choose, require
 from physnb.data import Clip, simulate
 from physnb.families import heads_of
@@ -53,23 +53,6 @@ class Subject(Protocol):
     def rows_that_fit(self) -> int:
         """How many rows run best together."""
         ...
-
-
-def fingerprint(model: nn.Module) -> str:
-    """12 hex digits of the SHA-256 of a model's class, weights and, if it is a model of diffusers, configuration."""
-    config = getattr(model, "config", None)
-    digest = hashlib.sha256((type(model).__name__ + config_json(config)).encode())
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:12]
-
-
-def config_json(config: Any) -> str:
-    """A configuration of diffusers as canonical JSON, without what says where it came from; of others nothing."""
-    entries = config if isinstance(config, Mapping) else {}
-    known = {name: value for name, value in entries.items() if not name.startswith("_")}
-    return json.dumps(known, sort_keys=True, default=str)
 
 
 def judged(objective: Objective, scores: Mapping[str, Scores], rows: Sequence[Row]) -> dict[str, Float[Tensor, " row"]]:

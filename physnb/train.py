@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from physnb.config import TrainConfig, from_json, require, to_json
+from physnb.checkpoint import fingerprint
+from physnb.config import ModelConfig, TrainConfig, from_json, require, to_json
 from physnb.data import VOCABULARY, encode_captions, normal_noise, simulate_mixture, uniform_draws
 from physnb.flow import add_noise, shift_levels, velocity_loss
 from physnb.memory import keep_freed_memory
@@ -78,10 +79,12 @@ def schedule(config: TrainConfig, step: int) -> float:
 class TrainState:
     """Weights, their running average and the optimiser's moments: all that a resumed run needs besides the config."""
 
-    def __init__(self, config: TrainConfig):
+    def __init__(self, config: TrainConfig, start: VideoDiT | None = None):
         self.config, self.step, self.mean_loss = config, 0, math.nan
         torch.manual_seed(config.seed)  # initial weights
         self.model = VideoDiT(**asdict(config.model), vocabulary=VOCABULARY, noise_shift=config.noise_shift)
+        if start is not None:
+            self.model.load_state_dict(start.state_dict())
         self.average = {name: value.detach().clone() for name, value in self.model.named_parameters()}
         layers = [part for block in self.model.blocks for part in (block.attn, block.mlp)]
         matrices = [p for layer in layers for p in layer.parameters() if p.ndim == 2]
@@ -153,6 +156,7 @@ def train(
     config: TrainConfig,
     folder: str | Path,
     *,
+    start: VideoDiT | None = None,
     resume: bool = False,
     save_every: int = 250,
     sample_every: int = 0,
@@ -162,16 +166,19 @@ def train(
 ) -> VideoDiT:
     """The trained model, with averaged weights; `folder` keeps state, log and, at the end, the model.
 
+    start: the model whose weights training begins with, where the config names one by its fingerprint.
     resume continues a stopped run to the same weights, bit for bit on a CPU. on_sample(model, step, folder) is called
     every `sample_every` steps and its numbers are logged. stop_after ends this call early, as an interruption would.
     Launched by `torchrun` or `accelerate launch`, the processes share each batch.
-    Raises ValueError for a used folder, a foreign state or a batch that the processes cannot share evenly, and
+    Raises ValueError for a used folder, a foreign state, another start than the config names or one of another shape,
+    or a batch that the processes cannot share evenly, and
     FloatingPointError when the loss is not finite or explodes; the last saved state is then kept.
     """
     keep_freed_memory()
     # Without cpu=True accelerate ignores the launcher on a machine that has no accelerator: every process is alone.
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), log_with=None)
     folder = Path(folder)
+    check_start(config, start)
     if accelerator.is_main_process:
         prepare_folder(folder, resume=resume)
         if resume and (folder / CONFIG_FILE).exists():
@@ -184,7 +191,7 @@ def train(
         rows * accelerator.num_processes == config.batch,
         f"batch {config.batch} does not split over {accelerator.num_processes} processes; change --batch",
     )
-    state = TrainState(config)
+    state = TrainState(config, start)
     state.model.to(accelerator.device)
     state.average = {name: value.to(accelerator.device) for name, value in state.average.items()}
     if resume and (folder / STATE_FILE).exists():
@@ -221,6 +228,18 @@ def train(
         log.close()
     accelerator.wait_for_everyone()
     return state.averaged_model()
+
+
+def check_start(config: TrainConfig, start: VideoDiT | None) -> None:
+    """Raise ValueError unless `start` is the model that the config names and has the shape of the one to train."""
+    found = "" if start is None else fingerprint(start)
+    require(found == config.start, f"training starts from model {found or 'none'}, the config says {config.start!r}")
+    if start is not None:
+        shape = {name: getattr(start.config, name) for name in asdict(config.model)}
+        require(
+            ModelConfig(**shape) == config.model,
+            f"the model to start from has another shape than the one to train: {shape}; choose another preset",
+        )
 
 
 def batch_loss(model: torch.nn.Module, batch: TrainBatch, config: TrainConfig) -> Float[Tensor, ""]:

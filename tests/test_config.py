@@ -49,7 +49,7 @@ def test_preset_survives_json(name):
 
 
 def test_unknown_preset_names_the_known_ones():
-    with pytest.raises(ValueError, match="unknown preset 'tiny'; choose one of smoke, quick, full, paper"):
+    with pytest.raises(ValueError, match="unknown preset 'tiny'; choose one of smoke, quick, full, refine, paper"):
         preset("tiny")
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.stats import binom
 from subjects_for_tests import MOTION_HEAD, STAY_HEAD, motion_model, motion_trials
-from test_search import GREY_LEVEL, HUNT, LOUD, PLANTED, only_head, table_trials, trials_of
+from test_search import GREY_LEVEL, HUNT, LOUD, PLANTED, TableSubject, only_head, trials_of
 
 from physnb import confirm as confirming
 from physnb.config import Guidance, HeadId, HuntConfig, OtherModel, head_set
@@ -26,9 +26,10 @@ from physnb.confirm import (
 from physnb.families import heads_of
 from physnb.search import HeadRanking, hunt_heads, measure_effects, race_heads, rank_heads
 from physnb.statistics import benjamini_hochberg, sign_flips
+from physnb.trials import Trials
 
 MOTION_HUNT = HuntConfig(selection_cases=16, confirmation_cases=12, top_k=1, weight=1.0, random_draws=2)
-TABLE_HEADS, TABLE_SELECTION, TABLE_FRESH, TABLE_TOP = 48, 24, 32, 8
+TABLE_HEADS, TABLE_SELECTION, TABLE_FRESH, TABLE_TOP = 48, 16, 20, 8
 
 
 @pytest.fixture(scope="module")
@@ -352,7 +353,8 @@ def test_model_whose_heads_do_nothing_confirms_no_head(make_model):
 
 def table_hunt(effects, split):
     """Selection and confirmation trials of made-up heads: the first `split` cases, and the others."""
-    selection, confirmation = table_trials(effects[:, :split]), table_trials(effects[:, split:].clone())
+    parts = [TableSubject(part.clone()) for part in effects.tensor_split([split], 1)]
+    selection, confirmation = (Trials(part, progress=False, batch_size=10_000) for part in parts)
     confirmation.subject.case_names = tuple(f"fresh {name}" for name in confirmation.subject.case_names)
     return selection, confirmation
 
@@ -380,7 +382,7 @@ def test_hunts_for_nothing_confirm_a_head_no_more_often_than_the_stated_rate():
 
 def test_few_of_the_confirmed_heads_are_false_and_true_ones_are_found():
     shares, found = [], []
-    for seed in range(40):
+    for seed in range(25):
         effects = noise_heads(1000 + seed)
         effects[:4] -= 1.5
         confirmed = confirmed_heads(effects)

@@ -65,7 +65,7 @@ class StopAt:
         ("between batches", 1),
         ("between batches", 8),
         ("inside a layer", 1),
-        ("inside a layer", 20),
+        ("inside a layer", 9),
         ("in the judge", 5),
     ],
 )

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from physnb.checkpoint import fingerprint
 from physnb.config import ModelConfig, preset
 from physnb.data import encode_captions
 from physnb.flow import add_noise, velocity_loss
@@ -133,6 +134,23 @@ def test_stopped_run_goes_on_bit_for_bit(tmp_path, stop_after):
     train(SMOKE, tmp_path / "parts", stop_after=stop_after, progress=False)
     resumed = train(SMOKE, tmp_path / "parts", resume=True, progress=False)
     assert_same_weights(weights(whole), weights(resumed))
+
+
+def test_training_goes_on_from_the_weights_of_another_model(tmp_path):
+    first = train(settings(steps=3), tmp_path / "a", progress=False)
+    config = settings(steps=3, noise_shift=6.0, start=fingerprint(first))
+    assert_same_weights(weights(TrainState(config, first).model), weights(first))
+    whole = train(config, tmp_path / "b", start=first, progress=False)
+    assert whole.config.noise_shift == 6.0
+    train(config, tmp_path / "c", start=first, stop_after=2, progress=False)
+    resumed = train(config, tmp_path / "c", start=first, resume=True, progress=False)
+    assert_same_weights(weights(resumed), weights(whole))
+    with pytest.raises(ValueError, match="starts from model none, the config says"):
+        train(config, tmp_path / "d", progress=False)
+    with pytest.raises(ValueError, match="another shape than the one to train"):
+        wide = dataclasses.replace(config, model=dataclasses.replace(config.model, depth=3))
+        train(wide, tmp_path / "d", start=first, progress=False)
+    assert not (tmp_path / "d").exists()
 
 
 def test_log_has_every_loss_once_after_a_resume(tmp_path):

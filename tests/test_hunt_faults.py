@@ -129,7 +129,7 @@ def hunt_with_store(model_folder: str, path: str, result: str) -> None:
     from physnb.trials import Trials
 
     torch.set_num_threads(1)  # sums over other numbers of threads round differently
-    hunt = HuntConfig(split="id", selection_cases=4, top_k=2, rounds=2, steps=3)
+    hunt = HuntConfig(split="id", selection_cases=4, top_k=2, rounds=2, steps=2)
     with TrialStore(path) as store:
         trials = Trials(simulated_subject(load_model(model_folder), hunt, "selection"), store, batch_size=3)
         found = hunt_heads(trials, hunt)

@@ -1,8 +1,12 @@
+import contextlib
+import itertools
 import math
+import multiprocessing
 import os
 import re
 import shutil
 import sqlite3
+from datetime import datetime
 
 import pytest
 import torch
@@ -155,58 +159,148 @@ def test_full_disk_is_refused_before_work_starts(tmp_path, full_disk):
 # --- trial store
 
 
-def test_trials_survive_a_round_trip_in_any_order_with_nan(tmp_path):
+IDENTITY = '{"guidance": {"stop": 1.0, "weak": {"1": {"heads": "L0H1"}}}, "subject": {"judge": "speed@1"}}'
+OTHER = '{"guidance": {"stop": 1.0, "weak": {}}, "subject": {"judge": "speed@1"}}'
+
+
+def rows_of(store, identity=IDENTITY, **scores_by_case):
+    store.write((identity, "a trial", case, scores) for case, scores in scores_by_case.items())
+
+
+def test_scores_survive_a_round_trip_to_the_bit_with_nan(tmp_path):
+    third = float(torch.tensor(1 / 3))  # what a float32 is as a Python float
     with TrialStore(tmp_path / "new" / "trials.sqlite") as store:
-        store.write("a", ["x/0", "x/1", "x/2"], [0.1, math.nan, 1e-300])
-        store.write("b", ["x/0"], [5.0])
+        rows_of(store, x=dict(a=0.1, b=math.nan), y=dict(a=1e-300, b=third))
+        rows_of(store, OTHER, x=dict(a=5.0, b=0.0))
     with TrialStore(tmp_path / "new" / "trials.sqlite") as store:
-        values = store.read("a", ["x/2", "x/0", "x/1"])
-        assert values[:2] == [1e-300, 0.1] and math.isnan(values[2])
-        assert store.read("b", ["x/0"]) == [5.0]
+        found = store.read(IDENTITY)
+        assert list(found) == ["x", "y"] and found["y"] == dict(a=1e-300, b=third)
+        assert found["x"]["a"] == 0.1 and math.isnan(found["x"]["b"])
+        assert store.read(OTHER) == dict(x=dict(a=5.0, b=0.0))
+        assert store.read("{}") == {}
 
 
-def test_a_trial_with_a_case_missing_is_not_done(tmp_path):
+def test_row_that_is_there_stays_and_new_cases_join_it(tmp_path):
     with TrialStore(tmp_path / "t.sqlite") as store:
-        store.write("a", ["x/0"], [1.0])
-        assert store.read("a", ["x/0", "x/1"]) is None and store.read("c", ["x/0"]) is None
+        rows_of(store, x=dict(a=1.0))
+        rows_of(store, x=dict(a=2.0), y=dict(a=2.0))
+        assert store.read(IDENTITY) == dict(x=dict(a=1.0), y=dict(a=2.0))
+        assert len(store.table()) == 2
 
 
-def test_writing_a_trial_again_replaces_it(tmp_path):
+def test_table_has_one_row_a_trial_and_case_and_readable_columns(tmp_path):
     with TrialStore(tmp_path / "t.sqlite") as store:
-        store.write("a", ["x/0"], [1.0])
-        store.write("a", ["x/0"], [2.0])
-        assert store.read("a", ["x/0"]) == [2.0]
+        rows_of(store, y=dict(speed=2.0, missing=math.nan), x=dict(speed=1.0, missing=math.nan))
+        store.write([(OTHER, "unguided", "x", dict(speed=0.5, missing=math.nan))])
+        table = store.table()
+    assert list(table.columns) == [
+        *("trial", "name", "case_name", "written", "guidance.stop", "guidance.weak.1.heads", "subject.judge"),
+        *("speed", "missing"),
+    ]
+    assert table["name"].tolist() == ["a trial", "a trial", "unguided"] and table["case_name"].tolist() == list("xyx")
+    assert table["trial"].nunique() == 2 and table["speed"].tolist() == [1.0, 2.0, 0.5]
+    assert table["guidance.weak.1.heads"].tolist()[:2] == ["L0H1", "L0H1"] and table.isna().loc[2].any()
+    assert table["missing"].isna().all() and table["missing"].dtype == float  # not an object of None
+    datetime.strptime(table["written"][0], "%Y-%m-%d %H:%M:%S")
 
 
-def test_a_trial_is_written_whole_or_not_at_all(tmp_path):
+def test_table_of_an_empty_store_is_empty(tmp_path):
     with TrialStore(tmp_path / "t.sqlite") as store:
-        with pytest.raises(ValueError, match="shorter"):
-            store.write("a", ["x/0", "x/1"], [1.0])
-        assert store.read("a", ["x/0"]) is None
+        table = store.table()
+    assert len(table) == 0 and list(table.columns) == ["trial", "name", "case_name", "written"]
 
 
-def test_killed_writer_loses_the_trial_in_flight_at_most(tmp_path, start_python):
-    path = tmp_path / "trials.sqlite"
-    # a trial has the same value in all of its cases, so half a trial would show
-    program = f"""
-from physnb.store import TrialStore
-store, cases, number = TrialStore({str(path)!r}), [str(i) for i in range(200)], 0
-while True:
-    store.write(f"trial {{number}}", cases, [float(number)] * 200)
-    print(number, flush=True)
-    number += 1
-"""
-    process = start_python("-c", program)
-    done = [int(process.stdout.readline()) for _ in range(20)]
-    process.kill()
-    done += [int(line) for line in process.stdout.read().split("\n")[:-1]]
-    assert process.wait() == -9
-    cases = [str(i) for i in range(200)]
+def test_table_of_several_judges_has_all_their_scores(tmp_path):
+    with TrialStore(tmp_path / "t.sqlite") as store:
+        rows_of(store, x=dict(speed=1.0))
+        rows_of(store, OTHER, x=dict(name=3.0))  # a user's score may be called like a column
+        table = store.table().set_index("trial")
+    assert table.loc[TrialStore.key(IDENTITY), "speed"] == 1 and math.isnan(table.loc[TrialStore.key(OTHER), "speed"])
+    assert table["name"].tolist() == ["a trial"] * 2 and table.loc[TrialStore.key(OTHER), "name_score"] == 3
+
+
+@pytest.mark.parametrize("full", ["no file can grow", "SQLite finds no room"])
+def test_full_disk_is_named_and_what_was_written_is_kept(tmp_path, full_disk, full):
+    def fill(first):
+        for number in range(first, 2000):
+            rows_of(store, str(number), **{f"case {case}": dict(a=float(number)) for case in range(20)})
+
+    with TrialStore(tmp_path / "t.sqlite") as store:
+        rows_of(store, x=dict(a=1.0))
+        ((pages,),) = store.connection.execute("PRAGMA page_count")
+        if full == "SQLite finds no room":
+            store.connection.execute(f"PRAGMA max_page_count={pages + 20}")
+        limited = full_disk(100_000) if full == "no file can grow" else contextlib.nullcontext()
+        with limited, pytest.raises(OSError, match=r"t\.sqlite cannot be used .* what was written before is kept"):
+            fill(0)
+        assert store.read(IDENTITY) == dict(x=dict(a=1.0))
+        ((rows, trials),) = store.connection.execute("SELECT COUNT(*), COUNT(DISTINCT trial) FROM scores")
+        assert rows == (trials - 1) * 20 + 1 > 1  # of a batch all rows or none
+        store.connection.execute("PRAGMA max_page_count=100000")
+        rows_of(store, y=dict(a=2.0))  # and with room again the same connection goes on
+    with TrialStore(tmp_path / "t.sqlite") as store:
+        assert store.read(IDENTITY) == dict(x=dict(a=1.0), y=dict(a=2.0)) and len(store.table()) == rows + 1
+        assert store.connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+CASES = [f"case {case}" for case in range(100)]
+
+
+def write_trials(path, writer, done):
+    """Open a store and write trials without end: its own, and others that every writer writes with its own number."""
     with TrialStore(path) as store:
-        for number in done:
-            assert store.read(f"trial {number}", cases) == [float(number)] * 200
-        ((left,),) = store.connection.execute("SELECT COUNT(*) % 200 FROM trials")
-        assert left == 0
+        for number in itertools.count():
+            for identity in (f"mine {writer} {number}", f"ours {number}"):
+                store.write((identity, "a trial", case, dict(a=float(writer))) for case in CASES)
+            done.send(number)
+
+
+def test_writers_at_once_of_which_one_is_killed_lose_nothing_and_write_nothing_twice(tmp_path):
+    path, fork = tmp_path / "trials.sqlite", multiprocessing.get_context("fork")
+    pipes = [fork.Pipe(duplex=False) for _ in range(2)]
+    processes = [
+        fork.Process(target=write_trials, args=(path, writer, pipe[1]), daemon=True)
+        for writer, pipe in enumerate(pipes)
+    ]
+    try:
+        for process in processes:  # both make the file
+            process.start()
+        done = [[reader.recv() for _ in range(10)][-1] for reader, _ in pipes]
+        processes[0].kill()
+        processes[0].join()
+        while pipes[0][0].poll():
+            done[0] = pipes[0][0].recv()
+        done[1] = [pipes[1][0].recv() for _ in range(10)][-1]  # the other goes on
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    assert [process.exitcode for process in processes] == [-9, -9]
+    with TrialStore(path) as store:
+        assert store.connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        for writer, last in enumerate(done):
+            for number in range(last + 1):
+                assert store.read(f"mine {writer} {number}") == {case: dict(a=float(writer)) for case in CASES}
+                ours = store.read(f"ours {number}")
+                assert sorted(ours) == sorted(CASES) and len({scores["a"] for scores in ours.values()}) == 1
+        counts = store.connection.execute("SELECT COUNT(*) FROM scores GROUP BY trial").fetchall()
+        assert set(counts) == {(len(CASES),)}  # no trial half written, no row twice
+        assert store.connection.execute("SELECT COUNT(*) FROM trials").fetchone()[0] == len(counts)
+
+
+def test_trial_store_of_the_first_version_is_refused_and_kept(tmp_path):
+    path = tmp_path / "trials.sqlite"
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute(
+            "CREATE TABLE trials (trial TEXT NOT NULL, case_name TEXT NOT NULL, value REAL, "
+            "PRIMARY KEY (trial, case_name)) WITHOUT ROWID"
+        )
+        connection.execute("INSERT INTO trials VALUES ('{}', 'uniform/id/0', 0.5)")
+        connection.execute("PRAGMA user_version=1")
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"trials\.sqlite has schema version 1, not 2; choose another file"):
+        TrialStore(path)
+    assert path.read_bytes() == before and names(tmp_path) == ["trials.sqlite"]
 
 
 STORES = [(TrialStore, "trial store"), (ChoiceStore, "choice store")]
@@ -233,10 +327,11 @@ def test_file_that_is_no_database_is_refused_and_kept(tmp_path, store, kind):
 
 
 @pytest.mark.parametrize("store, kind", STORES)
-def test_database_of_another_program_is_refused_and_kept(tmp_path, store, kind):
+@pytest.mark.parametrize("table", ["photos", "trials", "pairs"])  # also one that has a name of ours
+def test_database_of_another_program_is_refused_and_kept(tmp_path, store, kind, table):
     path = tmp_path / "photos.sqlite"
     with sqlite3.connect(path) as connection:
-        connection.execute("CREATE TABLE photos (name TEXT)")
+        connection.execute(f"CREATE TABLE {table} (name TEXT)")
     before = path.read_bytes()
     with pytest.raises(ValueError, match=r"photos.sqlite is the database of another program"):
         store(path)

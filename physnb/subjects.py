@@ -17,7 +17,7 @@ from diffusers import DiffusionPipeline
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from physnb.checkpoint import fingerprint
+from physnb.checkpoint import config_json, fingerprint
 from physnb.config import Guidance, HeadSet, HuntConfig, Perturbation, choose, require
 from physnb.data import Clip, simulate
 from physnb.families import heads_of

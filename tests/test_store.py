@@ -11,7 +11,7 @@ from datetime import datetime
 import pytest
 import torch
 
-from physnb.checkpoint import CONFIG, RESULT, WEIGHTS, load_model, model_hash, save_model
+from physnb.checkpoint import CONFIG, RESULT, WEIGHTS, fingerprint, load_model, save_model
 from physnb.choices import ChoiceStore
 from physnb.store import (
     TrialStore,
@@ -433,9 +433,8 @@ def test_foreign_config_file_is_named(model_folder, tmp_path, content):
     one_line(error)
 
 
-def test_hash_tells_models_apart(make_model, model_folder, tmp_path):
-    other = save_model(make_model(1), tmp_path / "other")
+def test_fingerprint_survives_a_round_trip_and_tells_models_apart(make_model, model, model_folder, tmp_path):
     same = copy_of(model_folder, tmp_path)
-    assert model_hash(same) == model_hash(model_folder) != model_hash(other)
-    assert model_hash(change_config(same, noise_shift=1.0)) != model_hash(model_folder)
-    assert re.fullmatch("[0-9a-f]{12}", model_hash(other))
+    assert fingerprint(load_model(same)) == fingerprint(model) != fingerprint(make_model(1))
+    assert fingerprint(load_model(change_config(same, noise_shift=1.0))) != fingerprint(model)
+    assert re.fullmatch("[0-9a-f]{12}", fingerprint(model))

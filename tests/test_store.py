@@ -223,7 +223,7 @@ def test_table_of_several_judges_has_all_their_scores(tmp_path):
 def test_full_disk_is_named_and_what_was_written_is_kept(tmp_path, full_disk, full):
     def fill(first):
         for number in range(first, 2000):
-            rows_of(store, str(number), **{f"case {case}": dict(a=float(number)) for case in range(20)})
+            rows_of(store, f'{{"number": {number}}}', **{f"case {case}": dict(a=float(number)) for case in range(20)})
 
     with TrialStore(tmp_path / "t.sqlite") as store:
         rows_of(store, x=dict(a=1.0))

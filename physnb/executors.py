@@ -16,6 +16,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from types import ModuleType
@@ -26,7 +27,6 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-import physnb
 from physnb.config import EXECUTORS, choose, require
 from physnb.memory import keep_freed_memory
 from physnb.subjects import Row, Subject
@@ -38,6 +38,7 @@ HEAD_SECONDS = 20  # without a head until a run gives up; after 60 Ray would end
 START_SECONDS = 600  # for a cluster, and for its first worker; a minute is usual where all cores are busy
 CHUNKS_A_WORKER = 2  # the second waits at the worker, which then never waits for what is done with outcomes here
 MOST_DEATHS = 3  # of workers that score the same chunk, and of workers in a row that do not even start
+SAME_EVERYWHERE = "install the same physnb, PyTorch and what the objective imports on every node"
 LOCAL_SETTINGS = {  # of a cluster that is started here
     "RAY_AUTH_MODE": "token",  # else whoever reaches this machine could run code on it
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # else Ray packages the working directory under `uv run`
@@ -88,7 +89,7 @@ class ScoreWorker:
 def code_digest() -> str:
     """A hash of PyTorch's version and this package's source: what must be the same on all nodes of a cluster."""
     digest = hashlib.sha256(torch.__version__.encode())
-    folder = Path(physnb.__file__).parent
+    folder = Path(__file__).parent
     for path in sorted(folder.rglob("*.py")):
         digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())
     return digest.hexdigest()
@@ -144,7 +145,6 @@ class RayExecutor:
         self._code = code_digest()
         self._subject: tuple[Subject | None, list] = None, []
         self._run: Generator | None = None
-        self._probed, self._lost = 0.0, None
         with ExitStack() as opened:
             self.ray, self._head = opened.enter_context(connect(address, self.threads * workers if workers else None))
             nodes = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
@@ -185,41 +185,221 @@ class RayExecutor:
         require(self.ray.is_initialized(), "this RayExecutor is closed; make another")
         if self._subject[0] is not subject:
             self._subject = subject, [self.ray.put(subject)]
-        waiting, deaths, false_starts, staffed = deque(range(len(chunks))), Counter(), 0, time.monotonic()
+        self._staffed = self._probed = time.monotonic()
+        self._headless = None
+        waiting, deaths = deque(range(len(chunks))), Counter()  # deaths by chunk; None is a worker that did not start
         try:
             while waiting or any(worker.chunks for worker in self.workers):
                 self._hire(len(waiting) + sum(len(worker.chunks) for worker in self.workers))
                 self._hand_out(waiting, chunks)
-                asked = {worker.next_answer: worker for worker in self.workers if worker.next_answer is not None}
-                ready, _ = self.ray.wait(list(asked), timeout=1.0)
-                self._check_head()
-                if any(worker.hello is None for worker in self.workers):
-                    staffed = time.monotonic()
-                require(time.monotonic() - staffed < START_SECONDS, self._no_worker())
-                for reference in ready:
-                    worker = asked[reference]
+                for worker in self._answered():
                     try:
-                        answer = self.ray.get(reference, timeout=CONNECT_SECONDS)
-                    except self.ray.exceptions.RayTaskError as error:  # the worker lives, but is of no use
-                        raise ValueError(f"a Ray worker failed ({last_line(error)}); {INSTALL_EVERYWHERE}") from None
+                        answer = self.ray.get(worker.next_answer, timeout=CONNECT_SECONDS)
+                    except self.ray.exceptions.RayTaskError as error:  # what `score_chunk` cannot have raised
+                        raise ValueError(f"a Ray worker failed ({last_line(error)}); {SAME_EVERYWHERE}") from None
                     except self.ray.exceptions.RayError as error:
                         self._dismiss(worker)
                         waiting.extendleft(reversed(worker.chunks.values()))
-                        if worker.hello is not None:
-                            false_starts += 1
-                            require(false_starts < MOST_DEATHS, f"Ray workers do not start ({last_line(error)})")
-                            continue
-                        number = waiting[0]  # workers score in order
-                        deaths[number] += 1
-                        if deaths[number] == MOST_DEATHS:
-                            yield number, Outcome([], {}, died_of(subject, chunks[number]))
+                        cause = None if worker.hello else waiting[0]  # a worker scores in order
+                        deaths[cause] += 1
+                        if deaths[cause] == MOST_DEATHS:
+                            require(cause is not None, f"Ray workers do not start ({last_line(error)})")
+                            yield (
+                                cause,
+                                Outcome(
+                                    [], {}, f"{name_rows(subject, chunks[cause])} killed {MOST_DEATHS} Ray workers"
+                                ),
+                            )
                             return
-                        continue
-                    if reference == worker.hello:
-                        self._check_code(answer)
-                        worker.hello, false_starts = None, 0
                     else:
-                        yield worker.chunks.pop(reference), answer
+                        if worker.hello:
+                            self._welcome(worker, answer)
+                            deaths.pop(None, None)
+                        else:
+                            yield worker.chunks.pop(worker.next_answer), answer
         finally:
             for worker in [worker for worker in self.workers if worker.chunks]:
                 self._dismiss(worker)
+
+    def _hire(self, chunks: int) -> None:
+        """Start workers, up to the number wanted and not more than there are chunks."""
+        while len(self.workers) < min(self.size, chunks):
+            remote = self.ray.remote(ScoreWorker).options(
+                num_cpus=self.needs["CPU"], num_gpus=self.needs.get("GPU", 0), max_restarts=0, max_task_retries=0
+            )
+            actor = remote.remote(self.threads, self.gpu)
+            self.workers.append(Worker(actor, actor.describe.remote()))
+
+    def _hand_out(self, waiting: deque[int], chunks: Sequence[Sequence[Row]]) -> None:
+        """Give a chunk to every idle worker, then a second one to each unless few are left, which all shall share."""
+        for most in range(1, CHUNKS_A_WORKER + 1):
+            for worker in self.workers:
+                enough = len(waiting) > (len(self.workers) if most > 1 else 0)
+                if enough and not worker.hello and len(worker.chunks) < most:
+                    number = waiting.popleft()
+                    worker.chunks[worker.actor.score.remote(self._subject[1], chunks[number])] = number
+
+    def _answered(self) -> list[Worker]:
+        """A worker whose next answer has come, or none within a second; raises where that cannot get better."""
+        asked = {worker.next_answer: worker for worker in self.workers if worker.next_answer}
+        ready, _ = self.ray.wait(list(asked), timeout=1.0)
+        now = time.monotonic()
+        if any(not worker.hello for worker in self.workers):
+            self._staffed = now
+        require(
+            now - self._staffed < START_SECONDS,
+            f"no Ray worker started in {START_SECONDS} s; one needs {self.needs}, and of the cluster's resources "
+            f"{self.ray.available_resources()} are free",
+        )
+        if now - self._probed > PROBE_SECONDS:
+            self._probed = now
+            host, port = self._head
+            fault = connection_fault(host, port)
+            self._headless = (self._headless or now) if fault else None
+            if fault and now - self._headless > HEAD_SECONDS:
+                raise ConnectionError(f"the head of the Ray cluster at {host}:{port} is lost ({fault}); start it again")
+        return [asked[reference] for reference in ready]
+
+    def _welcome(self, worker: Worker, description: dict[str, Any]) -> None:
+        require(
+            description["code"] == self._code,
+            f"node {description['node']} has another physnb or PyTorch than this process; {SAME_EVERYWHERE}",
+        )
+        worker.hello = None
+
+    def _dismiss(self, worker: Worker) -> None:
+        self.workers.remove(worker)
+        if self.ray.is_initialized():  # else Ray would start a cluster to kill it in
+            self.ray.kill(worker.actor)
+
+
+def name_rows(subject: Subject, chunk: Sequence[Row], most: int = 3) -> str:
+    """`case c of trial t, ... and 5 more`."""
+    names = [f"case {subject.case_names[case]} of trial {trial_name(trial)}" for trial, case in chunk]
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def last_line(error: BaseException) -> str:
+    """What an error says in the end; those of Ray begin with pages of tracebacks."""
+    return str(error).strip().splitlines()[-1].strip() if str(error).strip() else type(error).__name__
+
+
+def import_ray() -> ModuleType:
+    """Ray; raises ValueError saying how to install it."""
+    try:
+        import ray
+    except ImportError:
+        raise ValueError(
+            "executor 'ray' needs Ray, which is not installed: pip install 'physnb[ray]', or pip install 'ray>=2.60,<3'"
+        ) from None
+    return ray
+
+
+@contextmanager
+def connect(address: str | None, cpus: int | None) -> Iterator[tuple[ModuleType, tuple[str, int]]]:
+    """Ray, connected to a cluster, and host and port of its head. cpus: of a cluster that is started for it."""
+    token = dict(RAY_AUTH_TOKEN=secrets.token_hex(32))  # else Ray leaves one in the home folder
+    with environment(LOCAL_SETTINGS | token if address is None else {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}):
+        ray = import_ray()
+        if ray.is_initialized():
+            require(address is None, "this process is connected to Ray already; leave the address out to use that")
+            yield ray, head_of(ray)
+        elif address is None:
+            with local_cluster(ray, cpus):
+                yield ray, head_of(ray)
+        else:
+            found = re.fullmatch(r"(?:ray://)?([^/\s]+):(\d+)", address)
+            require(found is not None, f"Ray address {address!r} is not of the form HOST:PORT or ray://HOST:PORT")
+            head = found[1], int(found[2])
+            fault = connection_fault(*head)
+            advice = "give the address that `ray start --head` prints, or none to start a cluster here"
+            require(fault is None, f"no Ray cluster answers at {address} ({fault}); {advice}")
+            within(
+                CONNECT_SECONDS,
+                partial(ray.init, address=address, log_to_driver=False, logging_level="ERROR"),
+                f"cannot join a Ray cluster at {address}",
+            )
+            try:
+                yield ray, head
+            finally:
+                ray.shutdown()
+
+
+def head_of(ray: ModuleType) -> tuple[str, int]:
+    """Host and port of the head of the cluster that Ray is connected to."""
+    host, port = ray.get_runtime_context().gcs_address.rsplit(":", 1)
+    return host, int(port)
+
+
+@contextmanager
+def local_cluster(ray: ModuleType, cpus: int | None) -> Iterator[None]:
+    """Ray connected to a cluster of its own on this machine; its processes and its files end with the block."""
+    # paths of Unix sockets must not be longer than 107 characters, and some temporary folders are half of that
+    folder = tempfile.mkdtemp(prefix="physnb-ray-", dir="/tmp" if os.path.isdir("/tmp") else None)
+    settings = dict(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        for last in (True,):  # Ray itself gives up after 30 s, which busy cores need at times
+            try:
+                start = partial(ray.init, address="local", _temp_dir=folder, **settings)
+                within(START_SECONDS, start, "no Ray cluster could be started on this machine")
+                break
+            except ValueError:
+                if last:
+                    raise
+                kill_processes(folder)
+        yield
+    finally:
+        ray.shutdown()
+        kill_processes(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def kill_processes(folder: str) -> None:
+    """Kill what a cluster with its files in `folder` has left."""
+    for process in psutil.process_iter(["cmdline"]):
+        if any(folder in argument for argument in process.info["cmdline"] or ()):
+            process.kill()
+
+
+@contextmanager
+def environment(settings: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables within the block; one that is set already keeps its value."""
+    added = {name: value for name, value in settings.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
+def connection_fault(host: str, port: int) -> str | None:
+    """Why no TCP connection can be made, or None."""
+    try:
+        socket.create_connection((host, port), timeout=PROBE_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        return str(error)
+    return None
+
+
+def within(seconds: float, action: Callable[[], Any], failure: str) -> Any:
+    """What `action` returns; raises ValueError(failure) where it raises, or has not ended after `seconds`.
+
+    It runs in a thread, which is then left alone: some of Ray's waits cannot be interrupted.
+    """
+    result: Future = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(action())
+        except BaseException as error:
+            result.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    try:
+        return result.result(seconds)
+    except TimeoutError:
+        raise ValueError(f"{failure} (no answer in {seconds} s)") from None
+    except Exception as error:
+        raise ValueError(f"{failure} ({last_line(error)})") from None

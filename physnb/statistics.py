@@ -90,13 +90,16 @@ def benjamini_hochberg(p_values: Float[np.ndarray, " test"]) -> Float[np.ndarray
 
 
 def cases_needed(deviation: float, effect: float, *, power: float = 0.9, level: float = 0.05, tests: int = 1) -> int:
-    """Cases for which a one-sided paired test finds a mean of `effect` with chance `power`.
+    """Cases for which a one-sided paired test finds a mean of `effect` with chance `power`. At least 2.
 
-    n = ((z_(1 - level / tests) + z_power) deviation / effect)^2 by the normal approximation, Bonferroni over `tests`;
-    deviation: standard deviation of the paired differences. At least 2.
+    n / (1 + z^2 / 2n) = ((z + z_power) deviation / effect)^2 with z = z_(1 - level / tests), Bonferroni over `tests`;
+    deviation: standard deviation of the paired differences. In large samples n is the right side, the usual normal
+    approximation, plus z^2 / 2 because the test has to estimate the deviation (Guenther 1981).
     """
     require(math.isfinite(effect) and effect != 0, f"an effect to be found must be a number other than 0, got {effect}")
-    return max(2, math.ceil((power_quantiles(deviation, power, level, tests) * deviation / effect) ** 2))
+    z, z_power = power_quantiles(deviation, power, level, tests)
+    right = ((z + z_power) * deviation / effect) ** 2
+    return max(2, math.ceil(right / 2 + math.sqrt(right**2 / 4 + right * z**2 / 2)))
 
 
 def detectable_effect(
@@ -104,14 +107,15 @@ def detectable_effect(
 ) -> float:
     """The size of the mean difference for which `cases` are enough: `cases_needed` turned round."""
     require(cases > 0, f"cases must be positive, got {cases}")
-    return power_quantiles(deviation, power, level, tests) * deviation / math.sqrt(cases)
+    z, z_power = power_quantiles(deviation, power, level, tests)
+    return (z + z_power) * deviation * math.sqrt((1 + z**2 / (2 * cases)) / cases)
 
 
-def power_quantiles(deviation: float, power: float, level: float, tests: int) -> float:
-    """z_(1 - level / tests) + z_power; raises ValueError for settings out of range."""
+def power_quantiles(deviation: float, power: float, level: float, tests: int) -> tuple[float, float]:
+    """z_(1 - level / tests) and z_power; raises ValueError for settings out of range."""
     require(math.isfinite(deviation) and deviation >= 0, f"deviation must be a number of at least 0, got {deviation}")
     require(
         tests > 0 and 0 < level < 1 and level / tests < power < 1,
         f"of {tests} tests at level {level} the power must be above level / tests and below 1, got {power}",
     )
-    return float(norm.ppf(1 - level / tests) + norm.ppf(power))
+    return float(norm.ppf(1 - level / tests)), float(norm.ppf(power))

@@ -12,10 +12,16 @@ import pytest
 from physnb.__main__ import main
 from physnb.checkpoint import CONFIG, WEIGHTS, save_model
 from physnb.families import heads_of
-from physnb.store import read_json, write_json
+from physnb.store import TrialStore, read_json, write_json
+from physnb.subjects import ModelSubject
 
 COMMANDS = ("run", "train", "generate", "eval", "heads", "hunt", "bench", "report")
 HUNT = "hunt --preset smoke --split id --selection-cases 1 --confirmation-cases 1".split()
+
+
+@pytest.fixture(scope="module")
+def weaker_folder(make_model, tmp_path_factory):
+    return save_model(make_model(1), tmp_path_factory.mktemp("other") / "weaker")
 
 
 @pytest.fixture(autouse=True)
@@ -109,6 +115,12 @@ def test_every_command_has_help_and_json(capsys, command):
         ("train --out new --learning-rate nan", ["learning_rate", "positive", "nan"]),
         ("hunt --out new --top-k -1", ["--top-k", "'-1'", "positive"]),
         ("hunt --out new --selection-cases -1", ["--selection-cases", "'-1'", "positive"]),
+        ("hunt --out new --rounds 0", ["--rounds", "'0'", "positive"]),
+        ("hunt --out new --search guess", ["--search", "'guess'", "exhaustive", "race"]),
+        ("hunt --out new --confidence 1.5", ["confidence", "(0, 1)", "1.5"]),
+        ("hunt --out new --kind magic", ["--kind", "'magic'", "identity"]),
+        ("hunt --out new --axis depth", ["--axis", "'depth'", "space"]),
+        ("hunt --out new --executor fly", ["--executor", "'fly'", "local", "ray"]),
         ("bench sim --rounds 0", ["--rounds", "'0'", "positive"]),
         ("bench fly", ["'fly'", "sim", "train"]),
         ("eval trajectory --scenario uniform --model nowhere", ["nowhere", "does not exist", "physnb train"]),
@@ -146,6 +158,23 @@ def test_unknown_head_is_named_and_nothing_written(capsys, tmp_path, model_folde
 )
 def test_bad_guidance_is_named_and_nothing_written(capsys, tmp_path, model_folder, more, named):
     fails(capsys, tmp_path, evaluation(model_folder, "--heads", "L0H0", *more), *named)
+    fails(capsys, tmp_path, [*HUNT, "--model", model_folder, "--out", "new", *more], *named)
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        (["--objective", "beauty"], ["objective", "'beauty'", "tracking_error", "reward"]),
+        (["--objective", "no_such_module:score"], ["no_such_module:score", "cannot be imported", "module:function"]),
+        (["--objective", "math:no_such_score"], ["math:no_such_score", "cannot be imported"]),
+        (["--objective", "math:pi"], ["math:pi", "no function"]),
+        (["--top-k", "3", "--rounds", "3"], ["top", "9", "8"]),
+        (["--kind", "zero", "--axis", "time"], ["'zero'", "no axis"]),
+        (["--frames-given", "6"], ["--frames-given"]),
+        (["--weaker", "nowhere"], ["nowhere", "does not exist"]),
+    ],
+)
+def test_bad_hunt_is_named_and_nothing_written(capsys, tmp_path, model_folder, more, named):
     fails(capsys, tmp_path, [*HUNT, "--model", model_folder, "--out", "new", *more], *named)
 
 
@@ -247,13 +276,15 @@ def test_disk_that_fills_up_during_training_ends_with_one_line(capsys, tmp_path,
 
 
 def test_disk_that_fills_up_during_a_hunt_ends_with_one_line(capsys, tmp_path, full_disk, model_folder):
-    hunt = ["hunt", "--preset", "smoke", "--model", str(model_folder), "--out", "run", "--json"]
+    hunt = [*HUNT, "--model", str(model_folder), "--out", "run"]
     with full_disk(80_000):
-        status = main(hunt)
+        status = main([*hunt, "--json"])
     out, err = capsys.readouterr()
     assert status == 1 and err.count("\n") == 1 and "trials.sqlite" in err and "error" in json.loads(out)
     # what was written is still good: with room again, the hunt goes on
-    assert len(succeeds(capsys, *hunt[:-1], "--resume")["ranking"]) == 8
+    kept = len(stored_rows(tmp_path / "run"))
+    assert len(succeeds(capsys, *hunt, "--resume")["ranking"]) == 8
+    assert 0 < kept < len(stored_rows(tmp_path / "run"))
 
 
 # --- good input
@@ -343,15 +374,98 @@ def test_generate_writes_a_video(capsys, tmp_path, model_folder):
     assert (tmp_path / "a.mp4").read_bytes()[4:8] == b"ftyp"
 
 
-def test_hunt_ranks_confirms_and_resumes(capsys, tmp_path, model_folder):
-    hunt = [*HUNT, "--model", model_folder, "--out", "run"]
+def stored_rows(folder):
+    with TrialStore(folder / "trials.sqlite") as store:
+        return store.table()
+
+
+def test_hunt_ranks_confirms_and_resumes(capsys, tmp_path, model_folder, weaker_folder):
+    hunt = [*HUNT, "--model", model_folder, "--weaker", weaker_folder, "--out", "run"]
     result = succeeds(capsys, *hunt)
-    assert result["hunted"] == sorted(row["head"] for row in result["ranking"][:2]) and len(result["ranking"]) == 8
-    assert result["table"][0]["method"] == "unguided"
+    assert list(result) == ["hunt", "hunted", "power", "ranking", "heads", "table", "table_id"]
+    assert result["hunt"]["objective"] == "tracking_error" and result["hunt"]["search"] == "exhaustive"
+    best = [row["head"] for row in result["ranking"]]
+    assert len(best) == 8 and result["hunted"] == sorted(best[:2])
+    assert [row["head"] for row in result["heads"]] == best[:2]  # judged alone, in the order of the ranking
+    assert (result["power"]["heads"], result["power"]["cases"]) == (8, 3)
+    for table in (result["table"], result["table_id"]):
+        assert [row["method"] for row in table][:3] == ["unguided", "CFG", "AutoGuidance weaker"]
+        assert table[-1]["method"] == "2 hunted heads" and table[-1]["tracking_error"]["cases"] == 3
+    assert result["table"] == result["table_id"]  # of the same split here
+    files = {path.name for path in (tmp_path / "run").iterdir()}
+    assert files == {"hunt.json", "trials.sqlite", "map.png", "table.png", "table_id.png"}
     assert read_json(tmp_path / "run" / "hunt.json") == result
-    before = (tmp_path / "run" / "trials.sqlite").stat().st_size
+    before = stored_rows(tmp_path / "run")
     assert succeeds(capsys, *hunt, "--resume") == result
-    assert (tmp_path / "run" / "trials.sqlite").stat().st_size == before
+    assert stored_rows(tmp_path / "run").equals(before)
+
+
+@pytest.mark.parametrize(
+    ("objective", "judge"),
+    [
+        ("velocity_error", "trajectory@1"),
+        ("reward", "reward"),
+        ("preference_margin/matched", "plausibility"),
+    ],
+)
+def test_hunt_improves_the_objective_that_is_asked_for(capsys, tmp_path, model_folder, objective, judge):
+    hunt = [*HUNT, "--model", model_folder, "--objective", objective, "--out", "run"]
+    result = succeeds(capsys, *hunt)
+    assert result["hunt"]["objective"] == objective
+    last, first = result["table"][-1][objective], result["table"][0][objective]
+    assert last["mean"] - first["mean"] == pytest.approx(last["difference"]["mean"], abs=1e-4)
+    rows = stored_rows(tmp_path / "run")
+    assert objective in rows and set(rows["subject.judge"].str.startswith(judge)) == {True}
+    assert succeeds(capsys, *hunt, "--resume") == result
+    assert len(stored_rows(tmp_path / "run")) == len(rows)
+
+
+def test_hunt_races_in_rounds_with_another_perturbation(capsys, tmp_path, model_folder):
+    more = "--search race --confidence 0.8 --rounds 2 --top-k 1 --kind uniform --axis time --weight 3 --strength 0.5"
+    hunt = [*HUNT, "--model", model_folder, "--heads", "L0H1,L0H3,L1H0,L1H2", "--out", "run", *more.split()]
+    result = succeeds(capsys, *hunt)
+    assert len(result["hunted"]) == len(result["heads"]) == 2 and len(result["ranking"]) == 4
+    assert {row["head"] for row in result["ranking"]} == {"L0H1", "L0H3", "L1H0", "L1H2"} > set(result["hunted"])
+    names = set(stored_rows(tmp_path / "run")["name"])
+    assert f"uniform/time u=0.5 w=3 {','.join(result['hunted'])}" in names
+    assert succeeds(capsys, *hunt, "--resume") == result
+
+
+def test_users_function_is_an_objective_and_its_fault_is_named(capsys, tmp_path, model_folder, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    source = "def my_score(generated, true):\n    return generated.frames.float().mean((1, 2, 3, 4))"
+    mine, hunt = tmp_path / "my_scores.py", [*HUNT, "--model", model_folder, "--objective", "my_scores:my_score"]
+    mine.write_text(source.replace("return", "assert true.scenarios[0] != 'collision'; return"))
+    assert main([*map(str, hunt), "--out", "run"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("physnb: objective my_score: case collision/id/0/")
+    assert "AssertionError" in error and "(my_scores.py, line 2)" in error
+    rows = stored_rows(tmp_path / "run")
+    assert set(rows["case_name"].str.split("/").str[0]) == {"uniform", "parabola"}  # those that it could score
+    mine.write_text(f"{source}  # mended\n")
+    sys.modules.pop("my_scores")
+    result = succeeds(capsys, *hunt, "--out", "run", "--resume")
+    assert result["table"][0]["my_score"]["judged"] == 3
+
+
+def test_stopped_hunt_says_so_and_resumes(capsys, tmp_path, model_folder, monkeypatch):
+    hunt = [*HUNT, "--model", model_folder, "--batch-size", "9"]
+    whole = succeeds(capsys, *hunt, "--out", "whole")
+    score, calls = ModelSubject.score, []
+
+    def stop(subject, rows):
+        calls.append(rows)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return score(subject, rows)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ModelSubject, "score", stop)
+        assert main([*map(str, hunt), "--out", "run", "--json"]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "physnb: stopped; what was saved is kept"
+    assert 0 < len(stored_rows(tmp_path / "run")) == sum(map(len, calls[:3]))
+    assert succeeds(capsys, *hunt, "--out", "run", "--resume") == whole
+    assert len(stored_rows(tmp_path / "run")) == len(stored_rows(tmp_path / "whole"))
 
 
 def test_plain_output_has_a_line_a_value(capsys, model_folder):

@@ -48,6 +48,21 @@ def test_preset_survives_json(name):
     assert from_json(HuntConfig, to_json(row.hunt)) == row.hunt
 
 
+def test_hunt_survives_json_with_every_setting_changed():
+    hunt = HuntConfig(
+        scenarios=("collision",), split="id", objective="reward", selection_cases=1, confirmation_cases=2, top_k=3,
+        rounds=2, search="race", confidence=0.8, weight=1.5, strength=0.5, kind="blur", axis="time", steps=4,
+        random_draws=5, frames_given=2, seed=6,
+    )  # fmt: skip
+    assert from_json(HuntConfig, to_json(hunt)) == hunt != HuntConfig()
+
+
+def test_hunt_guides_away_from_its_own_perturbation():
+    hunt = HuntConfig(weight=1.5, strength=0.5, kind="uniform", axis="space")
+    ((weight, weak),) = hunt.guidance(head_set("L0H1")).weak
+    assert (weight, weak) == (1.5, Perturbation(head_set("L0H1"), 0.5, "uniform", "space"))
+
+
 def test_unknown_preset_names_the_known_ones():
     with pytest.raises(ValueError, match="unknown preset 'tiny'; choose one of smoke, quick, full, refine, paper"):
         preset("tiny")
@@ -96,6 +111,20 @@ def test_unknown_json_setting_is_refused_by_name_at_any_depth():
         (HuntConfig, dict(strength=1.5), r"strength.* must be in \[0, 1\], got 1.5"),
         (HuntConfig, dict(weight=float("nan")), r"weight.*nan"),
         (HuntConfig, dict(seed=-1), r"seed must not be negative, got -1"),
+        (HuntConfig, dict(scenarios=()), r"must name at least one scenario"),
+        (HuntConfig, dict(rounds=0), r"rounds must be positive, got 0"),
+        (HuntConfig, dict(steps=0), r"steps must be positive, got 0"),
+        (HuntConfig, dict(random_draws=0), r"random_draws must be positive, got 0"),
+        (HuntConfig, dict(frames_given=0), r"frames_given must be positive, got 0"),
+        (HuntConfig, dict(search="guess"), r"unknown search 'guess'; choose one of exhaustive, race"),
+        (HuntConfig, dict(confidence=0.0), r"confidence must be in \(0, 1\), got 0"),
+        (HuntConfig, dict(confidence=1.0), r"confidence must be in \(0, 1\), got 1"),
+        (HuntConfig, dict(confidence=float("nan")), r"confidence must be in \(0, 1\), got nan"),
+        (HuntConfig, dict(promise="luck"), r"unknown promise 'luck'; choose one of"),
+        (HuntConfig, dict(budget=-1), r"budget must not be negative, got -1"),
+        (HuntConfig, dict(kind="magic"), r"unknown perturbation kind 'magic'; choose one of identity"),
+        (HuntConfig, dict(axis="depth"), r"unknown perturbation axis 'depth'; choose one of all, space, time"),
+        (HuntConfig, dict(kind="zero", axis="time"), r"kind 'zero' has no axis"),
         (Perturbation, dict(heads="L0H0", strength=1.01), r"strength u must be in \[0, 1\], got 1.01"),
         (Perturbation, dict(heads="L0H0", strength=float("nan")), r"strength u must be in \[0, 1\], got nan"),
         (Perturbation, dict(heads="L0H0", kind="blurr"), r"unknown perturbation kind 'blurr'; choose one of identity"),

@@ -328,7 +328,7 @@ def test_planted_head_is_found_by_other_objectives(objective, cases):
     model = motion_model()
     selection = motion_trials(model, range(cases), objective)
     hunt = dataclasses.replace(MOTION_HUNT, objective=objective)
-    found = hunt_heads(selection, hunt, head_set("L0H0,L1H3") + (MOTION_HEAD, STAY_HEAD))
+    found = hunt_heads(selection, hunt, (*head_set("L0H0,L1H3"), MOTION_HEAD, STAY_HEAD))
     assert found.heads == (MOTION_HEAD,)
     fresh = motion_trials(model, range(100, 104), objective)
     (verdict,) = confirm_heads(selection, fresh, found.ranking, hunt, found.picked)

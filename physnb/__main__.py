@@ -202,14 +202,20 @@ def command_hunt(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def command_run(args: argparse.Namespace) -> dict[str, Any]:
-    from physnb.runs import run_notebooks
+    from physnb.runs import parse_value, run_notebooks
+    from physnb.sweeps import run_sweep
 
     parameters = {}
     for text in args.parameter:
         name, equals, value = text.partition("=")
         require(bool(equals), f"-p {text!r} is not of the form name=value")
-        parameters[name] = value
-    return run_notebooks(args.notebook, preset=args.preset, folder=args.out, parameters=parameters)
+        parameters[name] = parse_value(value)
+    if args.sweep is None:
+        require(not args.resume, "--resume goes on with a sweep; a run of notebooks begins anew")
+        return run_notebooks(args.notebook, preset=args.preset, folder=args.out, parameters=parameters)
+    require(args.out is not None, "a sweep needs a folder; give --out")
+    settings = dict(preset=args.preset, parameters=parameters, resume=args.resume)
+    return run_sweep(args.notebook, args.sweep, args.out, **settings)
 
 
 def command_report(args: argparse.Namespace) -> dict[str, Any]:
@@ -267,6 +273,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--preset", choices=PRESETS, default="quick")
     sub.add_argument("--out", help="run folder (default: a new one in outputs/)")
     sub.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE")
+    sub.add_argument("--sweep", metavar="YAML", help="run once a setting of this file, see physnb.sweeps; needs --out")
+    sub.add_argument("--resume", action="store_true", help="go on with the sweep in --out")
 
     sub = command("train", command_train, "train a VideoDiT")
     sub.add_argument("--preset", choices=PRESETS, default="quick")

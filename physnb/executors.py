@@ -35,7 +35,7 @@ from physnb.trials import Executor, LocalExecutor, Outcome, score_chunk, trial_n
 CONNECT_SECONDS = 60  # to join a cluster
 PROBE_SECONDS = 3  # to accept a connection; and between two looks at the head
 HEAD_SECONDS = 20  # without a head until a run gives up; after 60 Ray would end this process
-START_SECONDS = 600  # for a cluster, and for its first worker; a minute is usual where all cores are busy
+START_SECONDS = 600  # for the first worker to start; a minute is usual where all cores are busy
 CHUNKS_A_WORKER = 2  # the second waits at the worker, which then never waits for what is done with outcomes here
 MOST_DEATHS = 3  # of workers that score the same chunk, and of workers in a row that do not even start
 SAME_EVERYWHERE = "install the same physnb, PyTorch and what the objective imports on every node"
@@ -338,28 +338,19 @@ def local_cluster(ray: ModuleType, cpus: int | None) -> Iterator[None]:
     # paths of Unix sockets must not be longer than 107 characters, and some temporary folders are half of that
     folder = tempfile.mkdtemp(prefix="physnb-ray-", dir="/tmp" if os.path.isdir("/tmp") else None)
     settings = dict(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:  # in this thread: Linux ends the processes with the thread that started them
+        ray.init(address="local", _temp_dir=folder, **settings)
+    except Exception as error:  # what was started ends with this process, which would not survive its death before
+        advice = "try again when the cores are less busy, or give the address of one that `ray start --head` started"
+        raise ValueError(f"no Ray cluster could be started here ({last_line(error)}); {advice}") from None
     try:
-        for last in (True,):  # Ray itself gives up after 30 s, which busy cores need at times
-            try:
-                start = partial(ray.init, address="local", _temp_dir=folder, **settings)
-                within(START_SECONDS, start, "no Ray cluster could be started on this machine")
-                break
-            except ValueError:
-                if last:
-                    raise
-                kill_processes(folder)
         yield
     finally:
         ray.shutdown()
-        kill_processes(folder)
+        for process in psutil.process_iter(["cmdline"]):
+            if any(folder in argument for argument in process.info["cmdline"] or ()):
+                process.kill()
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def kill_processes(folder: str) -> None:
-    """Kill what a cluster with its files in `folder` has left."""
-    for process in psutil.process_iter(["cmdline"]):
-        if any(folder in argument for argument in process.info["cmdline"] or ()):
-            process.kill()
 
 
 @contextmanager

@@ -58,8 +58,15 @@ def parse_value(text: str) -> Any:
         return text
 
 
+def check_parameters(notebooks: list[Path], given: dict[str, Any]) -> None:
+    """Raise ValueError for a parameter that none of the notebooks has."""
+    every = sorted(set().union(*(known_parameters(notebook) for notebook in notebooks)))
+    for name in given:
+        require(name in every, f"no notebook of this run has a parameter {name!r}; there are {', '.join(every)}")
+
+
 def run_notebooks(
-    names: list[str], *, preset: str = "quick", folder: str | None = None, parameters: dict[str, str] | None = None
+    names: list[str], *, preset: str = "quick", folder: str | None = None, parameters: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """Execute notebooks in order into a new run folder and write its report.html.
 
@@ -69,18 +76,15 @@ def run_notebooks(
     """
     preset_named(preset)
     notebooks = find_notebooks(names)
-    given = {name: parse_value(value) for name, value in (parameters or {}).items()}
-    known = {notebook: known_parameters(notebook) for notebook in notebooks}
-    for name in given:
-        every = sorted(set().union(*known.values()))
-        require(name in every, f"no notebook of this run has a parameter {name!r}; there are {', '.join(every)}")
+    given = dict(parameters or {})
+    check_parameters(notebooks, given)
     folder = Path(folder) if folder else PROJECT / "outputs" / f"{preset}-{datetime.now():%Y%m%d-%H%M%S}"
     folder = prepare_folder(folder).resolve()
     write_json(folder / "params.json", dict(preset=preset, notebooks=[n.stem for n in notebooks], parameters=given))
     write_json(folder / "env.json", environment())
     for notebook in notebooks:
         values = {"preset": preset, "run_dir": str(folder)} | given
-        values = {name: value for name, value in values.items() if name in known[notebook]}
+        values = {name: value for name, value in values.items() if name in known_parameters(notebook)}
         print(f"{notebook.stem} ...", file=sys.stderr, flush=True)
         start = time.perf_counter()
         try:

@@ -200,7 +200,9 @@ class PipelineSubject:
             name: fingerprint(part) if isinstance(part, nn.Module) else config_json(getattr(part, "config", None))
             for name, part in sorted(self.pipe.components.items())
         }
-        settings = dict(pipeline=kind, parts=parts, steps=self.steps, fps=self.fps)
+        settings = dict(
+            pipeline=kind, config=config_json(self.pipe.config), parts=parts, steps=self.steps, fps=self.fps
+        )
         return settings | dict(judge=f"{judge.name}@{judge.version}", settings=dict(self.settings))
 
     def score(self, rows: Sequence[Row]) -> dict[str, Float[Tensor, " row"]]:

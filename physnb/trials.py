@@ -209,8 +209,8 @@ class Trials:
         chunks = [[row for row in chunk if row not in done] for chunk in chunks]
         chunks = [chunk for chunk in chunks if chunk]
         self.pending = sum(map(len, chunks))
-        before, error = len(rows) - self.pending, None
-        with tqdm(total=len(rows), initial=before, disable=not self.progress, unit="clip", desc=label) as bar:
+        before, error, silent = len(rows) - self.pending, None, not (self.progress and chunks)
+        with tqdm(total=len(rows), initial=before, disable=silent, unit="clip", desc=label) as bar:
             begun = time.perf_counter()
             for number, outcome in self.executor.run(self.subject, chunks):
                 self._keep([chunks[number][row] for row in outcome.rows], outcome.scores)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import inspect
 import math
+import signal
 import sqlite3
 import time
 
@@ -181,33 +182,13 @@ def assert_resumed(path, result, stored, undisturbed_result):
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
-def test_killed_hunt_resumes_to_the_same_numbers(tmp_path, places, undisturbed_result, start_python):
-    path, result = tmp_path / "trials.sqlite", tmp_path / "result.json"
-    process = start_python("-c", f"{SOURCE}\nhunt_with_store(*{places!r})")
-    wait_for_first_rows(path)
-    process.kill()
-    assert process.wait() == -9 and not result.exists()
-    stored = rows_in(path)
-    hunt_with_store(*places)
-    assert_resumed(path, result, stored, undisturbed_result)
-
-
-def test_interrupted_kernel_runs_the_cell_again_to_the_same_numbers(tmp_path, places, undisturbed_result):
-    path, result = tmp_path / "trials.sqlite", tmp_path / "result.json"
-    cell = f"{SOURCE}\nhunt_with_store(*{places!r})"
+@pytest.fixture(scope="module")
+def kernel():
+    """A Jupyter kernel: its manager and a client."""
     manager, client = start_new_kernel(kernel_name="python3")
-    try:
-        message = client.execute(cell)
-        wait_for_first_rows(path)
-        manager.interrupt_kernel()
-        reply = reply_to(client, message)
-        assert reply["status"] == "error" and reply["ename"] == "KeyboardInterrupt" and not result.exists()
-        stored = rows_in(path)
-        assert reply_to(client, client.execute(cell))["status"] == "ok"
-    finally:
-        client.stop_channels()
-        manager.shutdown_kernel(now=True)
-    assert_resumed(path, result, stored, undisturbed_result)
+    yield manager, client
+    client.stop_channels()
+    manager.shutdown_kernel(now=True)
 
 
 def reply_to(client, message):
@@ -215,6 +196,33 @@ def reply_to(client, message):
     while (reply := client.get_shell_msg(timeout=120))["parent_header"]["msg_id"] != message:
         pass
     return reply["content"]
+
+
+def test_interrupted_kernel_runs_the_cell_again_to_the_same_numbers(tmp_path, places, undisturbed_result, kernel):
+    path, result = tmp_path / "trials.sqlite", tmp_path / "result.json"
+    (manager, client), cell = kernel, f"{SOURCE}\nhunt_with_store(*{places!r})"
+    message = client.execute(cell)
+    wait_for_first_rows(path)
+    manager.interrupt_kernel()
+    reply = reply_to(client, message)
+    assert reply["status"] == "error" and reply["ename"] == "KeyboardInterrupt" and not result.exists()
+    stored = rows_in(path)
+    assert reply_to(client, client.execute(cell))["status"] == "ok"
+    assert_resumed(path, result, stored, undisturbed_result)
+
+
+def test_killed_kernel_leaves_a_hunt_that_resumes_to_the_same_numbers(tmp_path, places, undisturbed_result, kernel):
+    path, result = tmp_path / "trials.sqlite", tmp_path / "result.json"
+    manager, client = kernel  # the last test of it
+    client.execute(f"{SOURCE}\nhunt_with_store(*{places!r})")
+    wait_for_first_rows(path)
+    manager.signal_kernel(signal.SIGKILL)
+    while manager.is_alive():
+        time.sleep(0.01)
+    stored = rows_in(path)
+    assert not result.exists()
+    hunt_with_store(*places)
+    assert_resumed(path, result, stored, undisturbed_result)
 
 
 # --- objectives that fail

@@ -45,7 +45,7 @@ ALLOWED = {  # data and metrics are one module each; `__init__` is what `import 
     "objectives": "config data likelihood metrics model",
     "subjects": "checkpoint config data families generate guidance guide memory metrics model objectives pretrained",
     "trials": "config store subjects",
-    "executors": "config trials",
+    "executors": "config memory subjects trials",
     "search": "config objectives statistics store trials",
     "confirm": "config search statistics trials",
     "analysis": "config data families flow generate hooks model",
@@ -53,12 +53,13 @@ ALLOWED = {  # data and metrics are one module each; `__init__` is what `import 
     "results": "plots store",
     "tables": "",
     "runs": "config results store tables",
+    "sweeps": "config runs store",
     "bench": "config data memory model train",
     "bench_heads": "bench config flow guidance hooks memory model",
     "bench_hunt": "bench config flow generate hooks memory model search subjects trials",
     "standings": "bench config data ladder metrics",
     "__main__": "bench bench_heads bench_hunt checkpoint config confirm data evaluate executors generate metrics plots "
-    "pretrained runs search standings store subjects tables train trials",
+    "pretrained runs search standings store subjects sweeps tables train trials",
 }
 ONLY_IN = {"matplotlib": {"plots", "widgets"}, "ipywidgets": {"widgets"}, "papermill": {"runs"}}
 

@@ -11,16 +11,17 @@ import shutil
 import socket
 import tempfile
 import time
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from threading import Thread
 from types import ModuleType
-from typing import Any, Self
+from typing import Any
 
 import psutil
 import torch
@@ -33,15 +34,15 @@ from physnb.subjects import Row, Subject
 from physnb.trials import Executor, LocalExecutor, Outcome, score_chunk, trial_name
 
 CONNECT_SECONDS = 60  # to join a cluster
-PROBE_SECONDS = 3  # to accept a connection; and between two looks at the head
+PROBE_SECONDS = 3  # for the head to accept a connection
 HEAD_SECONDS = 20  # without a head until a run gives up; after 60 Ray would end this process
 START_SECONDS = 600  # for the first worker to start; a minute is usual where all cores are busy
 CHUNKS_A_WORKER = 2  # the second waits at the worker, which then never waits for what is done with outcomes here
 MOST_DEATHS = 3  # of workers that score the same chunk, and of workers in a row that do not even start
 SAME_EVERYWHERE = "install the same physnb, PyTorch and what the objective imports on every node"
-LOCAL_SETTINGS = {  # of a cluster that is started here
-    "RAY_AUTH_MODE": "token",  # else whoever reaches this machine could run code on it
-    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # else Ray packages the working directory under `uv run`
+NO_PACKAGING = {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}  # else Ray uploads the working directory under `uv run`
+LOCAL_SETTINGS = NO_PACKAGING | {  # of a cluster that is started here
+    "RAY_AUTH_TOKEN": secrets.token_hex(32),  # who reaches this machine cannot run code on it; else a file in $HOME
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_raylet_start_wait_time_s": "120",  # Ray's 30 are short where all cores are busy
     "RAY_worker_niceness": "0",  # at Ray's 15 a worker's imports take minutes beside other work
@@ -56,7 +57,7 @@ def executor_named(name: str, *, address: str | None = None, workers: int | None
         require(address is None and workers is None, "an address and workers are for executor 'ray'; choose that")
         yield LocalExecutor()
         return
-    with RayExecutor(address, workers) as executor:
+    with closing(RayExecutor(address, workers)) as executor:
         yield executor
 
 
@@ -123,18 +124,18 @@ class Worker:
 class RayExecutor:
     """Chunks scored by workers of a Ray cluster, each a process, with a GPU each where the cluster has some.
 
-    address: HOST:PORT of the head of a running cluster, from one of its nodes; ray://HOST:PORT from elsewhere, for which
-    `ray[client]` must be installed. Without it, the cluster that this process is connected to, else one is started on
-    this machine, of which `close` leaves nothing. workers: by default as many as the cluster has room for now. threads:
-    of a worker, by default those of PyTorch in this process.
+    address: HOST:PORT of the head of a running cluster, from one of its nodes; ray://HOST:PORT from elsewhere, which
+    needs `ray[client]`. Without it, the cluster that this process is connected to, else one that is started on this
+    machine and of which `close` leaves nothing. workers: by default as many as the cluster has room for. threads: of a
+    worker, by default those of PyTorch in this process.
 
     Scores equal those of LocalExecutor to the bit for the same chunks (so the same batch size), number of threads and
     kind of device and processor. How many workers there are and which of them scores a chunk decides nothing. That all
     nodes run the same code of this package and the same PyTorch is checked.
 
-    A worker that dies is replaced and what it had is scored again; of a chunk that MOST_DEATHS of them died of the
-    outcome is an error. Raises ValueError where a cluster or workers cannot be had, and ConnectionError where nothing
-    answers at the head for HEAD_SECONDS in the middle of a run.
+    A worker that dies is replaced and its chunks are scored again; the outcome of a chunk that MOST_DEATHS of them died
+    of is an error. Raises ValueError where a cluster or workers cannot be had, and ConnectionError where the head is
+    lost in the middle of a run, HEAD_SECONDS after that.
     """
 
     def __init__(self, address: str | None = None, workers: int | None = None, *, threads: int | None = None):
@@ -144,29 +145,22 @@ class RayExecutor:
         self.workers: list[Worker] = []
         self._code = code_digest()
         self._subject: tuple[Subject | None, list] = None, []
-        self._run: Generator | None = None
+        self._run: weakref.ref | None = None
         with ExitStack() as opened:
             self.ray, self._head = opened.enter_context(connect(address, self.threads * workers if workers else None))
             nodes = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
             self.gpu = any(node.get("GPU", 0) >= 1 for node in nodes)
             # no more than the largest node has: on small nodes the threads share cores, but the numbers stay the same
-            cpus = min(self.threads, int(max(node.get("CPU", 0) for node in nodes)) or self.threads)
+            cpus = min(self.threads, int(max((node.get("CPU", 0) for node in nodes), default=0)) or self.threads)
             self.needs = dict(GPU=1, CPU=1) if self.gpu else dict(CPU=cpus)
             room = sum(min(int(node.get(name, 0) // need) for name, need in self.needs.items()) for node in nodes)
             require(workers or room > 0, f"no node of the Ray cluster has room for a worker, which needs {self.needs}")
             self.size = workers or room
             self._opened = opened.pop_all()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def close(self) -> None:
         """End the workers, and the cluster if it was started here; what runs is dropped."""
-        if self._run is not None:
-            self._run.close()
+        self._end_run()
         for worker in list(self.workers):
             self._dismiss(worker)
         self._opened.close()
@@ -176,49 +170,59 @@ class RayExecutor:
 
         One run at a time: the next ends the one before. A run that ends early ends the workers that are at work for it.
         """
-        if self._run is not None:
-            self._run.close()  # a traceback may still hold an interrupted one
-        self._run = self._score(subject, chunks)
-        return self._run
+        self._end_run()
+        run = self._score(subject, chunks)
+        self._run = weakref.ref(run)  # a strong one would keep it from ending where its consumer breaks off
+        return run
+
+    def _end_run(self) -> None:
+        run = self._run and self._run()  # an interrupted one, which a traceback may still hold
+        if run is not None:
+            run.close()
 
     def _score(self, subject: Subject, chunks: Sequence[Sequence[Row]]) -> Generator[tuple[int, Outcome]]:
         require(self.ray.is_initialized(), "this RayExecutor is closed; make another")
         if self._subject[0] is not subject:
             self._subject = subject, [self.ray.put(subject)]
-        self._staffed = self._probed = time.monotonic()
-        self._headless = None
+        self._staffed, self._headless = time.monotonic(), None
+        self._forget_dead()
         waiting, deaths = deque(range(len(chunks))), Counter()  # deaths by chunk; None is a worker that did not start
         try:
             while waiting or any(worker.chunks for worker in self.workers):
-                self._hire(len(waiting) + sum(len(worker.chunks) for worker in self.workers))
+                if self._head_answers():  # else Ray would wait for it, and then end this process
+                    self._hire(len(waiting) + sum(len(worker.chunks) for worker in self.workers))
                 self._hand_out(waiting, chunks)
-                for worker in self._answered():
-                    try:
-                        answer = self.ray.get(worker.next_answer, timeout=CONNECT_SECONDS)
-                    except self.ray.exceptions.RayTaskError as error:  # what `score_chunk` cannot have raised
-                        raise ValueError(f"a Ray worker failed ({last_line(error)}); {SAME_EVERYWHERE}") from None
-                    except self.ray.exceptions.RayError as error:
-                        self._dismiss(worker)
-                        waiting.extendleft(reversed(worker.chunks.values()))
-                        cause = None if worker.hello else waiting[0]  # a worker scores in order
-                        deaths[cause] += 1
-                        if deaths[cause] == MOST_DEATHS:
-                            require(cause is not None, f"Ray workers do not start ({last_line(error)})")
-                            yield (
-                                cause,
-                                Outcome(
-                                    [], {}, f"{name_rows(subject, chunks[cause])} killed {MOST_DEATHS} Ray workers"
-                                ),
-                            )
-                            return
-                    else:
-                        if worker.hello:
-                            self._welcome(worker, answer)
-                            deaths.pop(None, None)
-                        else:
-                            yield worker.chunks.pop(worker.next_answer), answer
+                worker, answer = self._next_answer()
+                if worker is None:
+                    continue
+                if isinstance(answer, self.ray.exceptions.RayError):
+                    self._dismiss(worker)
+                    cause, *others = list(worker.chunks.values()) or [None]  # a worker scores in order
+                    deaths[cause] += 1
+                    require(deaths[None] < MOST_DEATHS, f"Ray workers do not start ({last_line(answer)})")
+                    if deaths[cause] == MOST_DEATHS:
+                        error = f"{MOST_DEATHS} Ray workers died of {name_rows(subject, chunks[cause])}"
+                        yield cause, Outcome([], {}, error)
+                        return
+                    waiting.extendleft(reversed(others))
+                    waiting.extend([] if cause is None else [cause])  # last: it costs the others nothing then
+                elif worker.hello:
+                    fault = f"node {answer['node']} has another physnb or PyTorch than this process; {SAME_EVERYWHERE}"
+                    require(answer["code"] == self._code, fault)
+                    worker.hello = None
+                    deaths.pop(None, None)
+                else:
+                    yield worker.chunks.pop(worker.next_answer), answer
         finally:
             for worker in [worker for worker in self.workers if worker.chunks]:
+                self._dismiss(worker)
+
+    def _forget_dead(self) -> None:
+        """Drop workers that died since the last run, so that no chunk is blamed for it."""
+        for worker in [worker for worker in self.workers if not worker.hello]:
+            try:
+                self.ray.get(worker.actor.describe.remote(), timeout=PROBE_SECONDS)
+            except self.ray.exceptions.RayError:
                 self._dismiss(worker)
 
     def _hire(self, chunks: int) -> None:
@@ -239,33 +243,37 @@ class RayExecutor:
                     number = waiting.popleft()
                     worker.chunks[worker.actor.score.remote(self._subject[1], chunks[number])] = number
 
-    def _answered(self) -> list[Worker]:
-        """A worker whose next answer has come, or none within a second; raises where that cannot get better."""
+    def _next_answer(self) -> tuple[Worker | None, Any]:
+        """A worker and its answer, or the error that it died of; no worker where none answers within a second."""
         asked = {worker.next_answer: worker for worker in self.workers if worker.next_answer}
+        if not asked:
+            time.sleep(1.0)
+            return None, None
         ready, _ = self.ray.wait(list(asked), timeout=1.0)
-        now = time.monotonic()
         if any(not worker.hello for worker in self.workers):
-            self._staffed = now
-        require(
-            now - self._staffed < START_SECONDS,
-            f"no Ray worker started in {START_SECONDS} s; one needs {self.needs}, and of the cluster's resources "
-            f"{self.ray.available_resources()} are free",
-        )
-        if now - self._probed > PROBE_SECONDS:
-            self._probed = now
-            host, port = self._head
-            fault = connection_fault(host, port)
-            self._headless = (self._headless or now) if fault else None
-            if fault and now - self._headless > HEAD_SECONDS:
-                raise ConnectionError(f"the head of the Ray cluster at {host}:{port} is lost ({fault}); start it again")
-        return [asked[reference] for reference in ready]
+            self._staffed = time.monotonic()
+        elif time.monotonic() - self._staffed > START_SECONDS:
+            free = self.ray.available_resources()
+            raise ValueError(f"no Ray worker started in {START_SECONDS} s; one needs {self.needs}, free are {free}")
+        if not ready:
+            return None, None
+        worker = asked[ready[0]]
+        try:
+            return worker, self.ray.get(ready[0], timeout=CONNECT_SECONDS)
+        except self.ray.exceptions.RayTaskError as error:  # not of a row, and no other worker would do better
+            worker.chunks.pop(ready[0], None)
+            raise ValueError(f"a Ray worker failed ({last_line(error)}); {SAME_EVERYWHERE}") from None
+        except self.ray.exceptions.RayError as error:
+            return worker, error
 
-    def _welcome(self, worker: Worker, description: dict[str, Any]) -> None:
-        require(
-            description["code"] == self._code,
-            f"node {description['node']} has another physnb or PyTorch than this process; {SAME_EVERYWHERE}",
-        )
-        worker.hello = None
+    def _head_answers(self) -> bool:
+        """Whether something listens at the head's address; raises ConnectionError where it has not for long."""
+        host, port = self._head
+        fault = connection_fault(host, port)
+        self._headless = None if fault is None else self._headless or time.monotonic()
+        if fault is not None and time.monotonic() - self._headless > HEAD_SECONDS:
+            raise ConnectionError(f"the head of the Ray cluster at {host}:{port} is lost ({fault}); start it again")
+        return fault is None
 
     def _dismiss(self, worker: Worker) -> None:
         self.workers.remove(worker)
@@ -273,11 +281,11 @@ class RayExecutor:
             self.ray.kill(worker.actor)
 
 
-def name_rows(subject: Subject, chunk: Sequence[Row], most: int = 3) -> str:
-    """`case c of trial t, ... and 5 more`."""
-    names = [f"case {subject.case_names[case]} of trial {trial_name(trial)}" for trial, case in chunk]
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def name_rows(subject: Subject, chunk: Sequence[Row]) -> str:
+    """`trials t1; t2 on cases c1; c2`."""
+    trials = dict.fromkeys(trial_name(trial) for trial, _ in chunk)
+    cases = dict.fromkeys(subject.case_names[case] for _, case in chunk)
+    return f"trials {'; '.join(trials)} on cases {'; '.join(cases)}"
 
 
 def last_line(error: BaseException) -> str:
@@ -285,51 +293,40 @@ def last_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[-1].strip() if str(error).strip() else type(error).__name__
 
 
-def import_ray() -> ModuleType:
-    """Ray; raises ValueError saying how to install it."""
-    try:
-        import ray
-    except ImportError:
-        raise ValueError(
-            "executor 'ray' needs Ray, which is not installed: pip install 'physnb[ray]', or pip install 'ray>=2.60,<3'"
-        ) from None
-    return ray
-
-
 @contextmanager
 def connect(address: str | None, cpus: int | None) -> Iterator[tuple[ModuleType, tuple[str, int]]]:
     """Ray, connected to a cluster, and host and port of its head. cpus: of a cluster that is started for it."""
-    token = dict(RAY_AUTH_TOKEN=secrets.token_hex(32))  # else Ray leaves one in the home folder
-    with environment(LOCAL_SETTINGS | token if address is None else {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}):
-        ray = import_ray()
+    with environment(NO_PACKAGING if address else LOCAL_SETTINGS), ExitStack() as opened:
+        try:
+            import ray
+        except ImportError:
+            install = "pip install 'physnb[ray]', or pip install 'ray>=2.60,<3'"
+            raise ValueError(f"executor 'ray' needs Ray, which is not installed: {install}") from None
+        head = None if address is None else head_at(address)
+        ray._private.worker._worker_logs_enabled = False  # Ray reports deaths on standard output, where --json belongs
         if ray.is_initialized():
-            require(address is None, "this process is connected to Ray already; leave the address out to use that")
-            yield ray, head_of(ray)
-        elif address is None:
-            with local_cluster(ray, cpus):
-                yield ray, head_of(ray)
+            require(head is None, "this process is connected to Ray already; leave the address out to use that")
+        elif head is None:
+            opened.enter_context(local_cluster(ray, cpus))
         else:
-            found = re.fullmatch(r"(?:ray://)?([^/\s]+):(\d+)", address)
-            require(found is not None, f"Ray address {address!r} is not of the form HOST:PORT or ray://HOST:PORT")
-            head = found[1], int(found[2])
-            fault = connection_fault(*head)
-            advice = "give the address that `ray start --head` prints, or none to start a cluster here"
-            require(fault is None, f"no Ray cluster answers at {address} ({fault}); {advice}")
-            within(
-                CONNECT_SECONDS,
-                partial(ray.init, address=address, log_to_driver=False, logging_level="ERROR"),
-                f"cannot join a Ray cluster at {address}",
-            )
-            try:
-                yield ray, head
-            finally:
-                ray.shutdown()
+            join = partial(ray.init, address=address, log_to_driver=False, logging_level="ERROR")
+            within(CONNECT_SECONDS, join, f"cannot join a Ray cluster at {address}")
+            opened.callback(ray.shutdown)
+        if head is None:
+            host, port = ray.get_runtime_context().gcs_address.rsplit(":", 1)
+            head = host, int(port)
+        yield ray, head
 
 
-def head_of(ray: ModuleType) -> tuple[str, int]:
-    """Host and port of the head of the cluster that Ray is connected to."""
-    host, port = ray.get_runtime_context().gcs_address.rsplit(":", 1)
-    return host, int(port)
+def head_at(address: str) -> tuple[str, int]:
+    """Host and port that an address names; raises ValueError unless something listens there."""
+    found = re.fullmatch(r"(?:ray://)?([^/\s]+):(\d+)", address)
+    require(found is not None, f"Ray address {address!r} is not of the form HOST:PORT or ray://HOST:PORT")
+    host, port = found[1], int(found[2])
+    fault = connection_fault(host, port)
+    advice = "give the address that `ray start --head` prints, or none to start a cluster here"
+    require(fault is None, f"no Ray cluster answers at {address} ({fault}); {advice}")
+    return host, port
 
 
 @contextmanager
@@ -346,23 +343,35 @@ def local_cluster(ray: ModuleType, cpus: int | None) -> Iterator[None]:
     try:
         yield
     finally:
+        processes = cluster_processes(folder)
         ray.shutdown()
-        for process in psutil.process_iter(["cmdline"]):
-            if any(folder in argument for argument in process.info["cmdline"] or ()):
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
                 process.kill()
+        psutil.wait_procs(processes, timeout=PROBE_SECONDS)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def cluster_processes(folder: str) -> list[psutil.Process]:
+    """What a cluster with its files in `folder` runs below this process."""
+    found = []
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):
+            if any(folder in argument for argument in child.cmdline()):
+                found += [child, *child.children(recursive=True)]
+    return found
 
 
 @contextmanager
 def environment(settings: Mapping[str, str]) -> Iterator[None]:
-    """Environment variables within the block; one that is set already keeps its value."""
-    added = {name: value for name, value in settings.items() if name not in os.environ}
-    os.environ.update(added)
+    """Environment variables within the block, where not set already; those that Ray adds there go too."""
+    before = dict(os.environ)
+    os.environ.update(settings | before)
     try:
         yield
     finally:
-        for name in added:
-            os.environ.pop(name, None)
+        for name in [name for name in os.environ if name.startswith("RAY_") and name not in before]:
+            del os.environ[name]
 
 
 def connection_fault(host: str, port: int) -> str | None:

@@ -63,6 +63,8 @@ def sign_flips(
     of all rows is as small (single-step max-statistic of Westfall and Young 1993), which bounds the chance of one
     false finding or more. A case that could not be judged is left out; a row of zeros has p = 1. Both count the
     observed signs as one draw more, so no p is 0.
+    Leaves out skew: many small gains against few large losses of mean 0 are not this null and pass too often, those of
+    an exponential distribution at the 5 % level in 11 % of samples of 24 cases and in 8 % of 64.
     """
     values = np.nan_to_num(np.asarray(differences, dtype=np.float64))
     norm = np.linalg.norm(values, axis=1, keepdims=True)

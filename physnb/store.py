@@ -233,8 +233,6 @@ CREATE TABLE IF NOT EXISTS scores (
         with self._named():
             found = pandas.read_sql_query(f"{query} ORDER BY name, trial, case_name", self.connection)
         identities, scores = ([json.loads(text) for text in found.pop(name)] for name in ("identity", "scores"))
-        if not identities:
-            return found
         found = found.join(pandas.json_normalize(identities))
         scores = pandas.DataFrame(scores, dtype=float)  # a column of nothing but null is one of numbers too
         return found.merge(scores, left_index=True, right_index=True, suffixes=("", "_score"))

@@ -189,7 +189,9 @@ def test_weaker_network_is_a_control_of_every_kind_of_objective(objective):
 
 
 def test_surface_is_flat_where_guidance_is_off(trials, arms):
-    w = HUNT.weight
+    w, rows = HUNT.weight, trials[1].rows_run
+    strength_surface(*trials, HUNT, (PLANTED,), [0.0, w], [0.0])
+    assert trials[1].rows_run == rows  # nothing is run for what is off
     surface = strength_surface(*trials, HUNT, (PLANTED,), [0.0, w], [0.0, 0.5, 1.0])
     assert list(surface) == [(0.0, 0.0), (0.0, 0.5), (0.0, 1.0), (w, 0.0), (w, 0.5), (w, 1.0)]
     for (weight, strength), arm in surface.items():

@@ -1,10 +1,23 @@
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from physnb.config import Guidance, LayerSkip, OtherModel, Perturbation, head_set
 from physnb.flow import velocity_from_clean
+from physnb.generate import generate
 from physnb.guidance import OFF as OFF_VALUES
-from physnb.guidance import combine_predictions, excess_weight, guided_velocity, project_update, rescale_deviation
+from physnb.guidance import (
+    Plan,
+    combine_predictions,
+    excess_weight,
+    first_twins,
+    guidance_terms,
+    guided_velocity,
+    project_update,
+    rescale_deviation,
+    same_inputs,
+)
 from physnb.hooks import perturb, skip_layers, strength_table
 
 OFF = Guidance()
@@ -249,3 +262,129 @@ def test_bad_settings_are_named(settings, message):
 def test_head_that_the_model_lacks_is_named(model, inputs):
     with pytest.raises(ValueError, match="head L99H0 does not exist"):
         velocity(model, inputs, [Guidance.from_heads("L99H0", 1.0)] * 6)
+
+
+# --- rows that see the same input share its prediction
+
+MIXED = [
+    OFF,
+    HEADS,
+    EVERYTHING,
+    Guidance(text_weight=1.0),
+    Guidance(weak=((1.5, OtherModel("earlier")), (0.5, LayerSkip((1,))))),
+    Guidance(weak=((-0.3, Perturbation("L1H1", 0.7, "mean_query")), (2.0, OtherModel("earlier")))),
+    Guidance(text_weight=-0.5, weak=((1.0, LayerSkip((0,))),), rescale=0.5),
+    Guidance(weak=HEADS.weak, start=0.5),
+]
+
+
+def take(inputs, rows):
+    return {name: value[list(rows)] for name, value in inputs.items()}
+
+
+def forward_rows(model, run):
+    """How many rows each forward of the model, and each call of its last block, sees while `run` runs."""
+    forwards = []
+    handle = model.register_forward_pre_hook(
+        lambda module, args, kwargs: forwards.append(len(kwargs["sample"])), with_kwargs=True
+    )
+    last = rows_seen(model, [model.blocks[-1]], run)
+    handle.remove()
+    return list(zip(forwards, last, strict=True))
+
+
+@pytest.fixture(scope="module")
+def earlier(make_model):
+    return make_model(seed=5)
+
+
+def test_heads_of_a_hunt_share_the_prediction_of_their_case_in_the_first_step(model, cases):
+    heads = [Guidance.from_heads(name, 2.0) for name in ("L1H0", "L1H1", "L1H3")]
+    guidance = [trial for _ in range(2) for trial in (OFF, *heads)]
+    batch = cases[[1] * 4 + [5] * 4]
+    seen = forward_rows(model, lambda: generate(model, batch, guidance=guidance, steps=3))
+    # before the fork 2 cases, behind it 6 broken heads more; then 8 clips that go their own ways
+    assert seen == [(2, 8), (8, 14), (8, 14)]
+
+
+def test_all_of_a_loss_is_shared(model, inputs):
+    rows = take(inputs, [0, 0, 0, 3, 3, 3])
+    text = Guidance(text_weight=1.0)
+    seen = forward_rows(model, lambda: velocity(model, rows, [OFF, HEADS, text, text, text, OFF]))
+    assert seen == [(4, 5)]  # two inputs, with and without their captions, and one row of broken heads
+
+
+def test_other_networks_see_every_input_once(model, earlier, inputs):
+    rows = take(inputs, [2, 2, 1, 2, 1])
+    other = Guidance(weak=((1.0, OtherModel("earlier")),))
+    guidance = [other, Guidance(weak=((2.0, OtherModel("earlier")),)), OFF, OFF, other]
+    seen = forward_rows(earlier, lambda: velocity(model, rows, guidance, {"earlier": earlier}))
+    assert seen == [(2, 2)]
+
+
+@pytest.mark.parametrize("name", ["sample", "sigma", "start", "given", "caption_ids"])
+def test_rows_that_differ_in_any_input_share_nothing(model, inputs, name):
+    rows = take(inputs, [0, 0])
+    assert forward_rows(model, lambda: velocity(model, rows, [OFF, OFF])) == [(1, 1)]
+    values = rows[name].reshape(2, -1).clone()
+    values[1, 0 if name == "start" else -1] += 1  # the first frame is given, the last one is not
+    rows[name] = values.view(rows[name].shape)
+    assert forward_rows(model, lambda: velocity(model, rows, [OFF, OFF])) == [(2, 2)]
+    found = velocity(model, rows, [HEADS, HEADS])
+    alone = velocity(model, take(rows, [1]), [HEADS])
+    torch.testing.assert_close(found[1:], alone, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(found[0], found[1])
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    picks=st.lists(st.tuples(st.integers(0, 5), st.integers(0, len(MIXED) - 1)), min_size=1, max_size=9),
+    progress=st.sampled_from([0.0, 0.7]),
+)
+def test_sharing_changes_no_prediction(model, earlier, inputs, picks, progress):
+    cases, trials = zip(*picks, strict=True)
+    rows, guidance, others = take(inputs, cases), [MIXED[trial] for trial in trials], {"earlier": earlier}
+    found = velocity(model, rows, guidance, others, progress)
+    for row, alone in enumerate(guidance):
+        single = velocity(model, take(rows, [row]), [alone], others, progress)
+        torch.testing.assert_close(found[row : row + 1], single, atol=1e-4, rtol=1e-4)
+    terms = guidance_terms(guidance)
+    twins = first_twins(rows["start"], rows["given"], rows["caption_ids"])
+    sources = same_inputs(twins, rows["sample"], rows["sigma"])
+    assert len(set(sources)) == len(set(cases))
+    with torch.inference_mode():
+        shared = Plan(model, terms, sources).predict(rows, others)
+        own = Plan(model, terms, range(len(rows["sigma"]))).predict(rows, others)
+    assert len(shared) == 1 + len(terms)
+    for one, other in zip(shared, own, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_first_twins_are_the_first_rows_with_the_same_conditions():
+    start, words = torch.tensor([1.0, 2.0, 1.0, 1.0, 2.0]), torch.tensor([[3, 0], [3, 0], [3, 0], [3, 1], [3, 0]])
+    assert first_twins(start[:, None], words) == [0, 1, 0, 3, 1]
+    assert first_twins(start[:, None]) == [0, 1, 0, 0, 1]
+    assert first_twins(start[:0, None]) == []
+
+
+def test_twins_part_once_their_clips_or_levels_differ():
+    twins = [0, 1, 0, 0, 1]
+    noised, sigma = torch.zeros(5, 1, 1, 1, 2), torch.ones(5)
+    assert same_inputs(twins, noised, sigma) == (0, 1, 0, 0, 1)
+    noised[2, ..., 1] = 1e-7
+    assert same_inputs(twins, noised, sigma) == (0, 1, 2, 0, 1)
+    sigma[4] = 0.5
+    assert same_inputs(twins, noised, sigma) == (0, 1, 2, 0, 4)
+    noised[0] = 1.0  # row 3 keeps to itself, and is not a twin of the changed row
+    assert same_inputs(twins, noised, sigma) == (0, 1, 2, 3, 4)
+    assert same_inputs([0, 1, 2, 3, 4], torch.zeros_like(noised), torch.ones(5)) == (0, 1, 2, 3, 4)
+
+
+def test_sharing_ends_with_the_first_step_and_clips_stay_their_own(model, cases):
+    trials = [OFF, Guidance.from_heads("L0H1", 3.0), Guidance.from_heads("L1H2", 3.0, kind="uniform")]
+    rows = [(case, trial) for case in (0, 4) for trial in trials]
+    together = generate(model, cases[[case for case, _ in rows]], guidance=[trial for _, trial in rows], steps=4)
+    for number, (case, trial) in enumerate(rows):
+        alone = generate(model, cases[[case]], guidance=trial, steps=4)
+        assert (alone.frames.int() - together.frames[[number]].int()).abs().max() <= 1
+    assert len(together.frames.unique(dim=0)) == len(rows)

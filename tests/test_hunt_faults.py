@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from hunts import HUNT, ROUNDING, brightness, heads_alone, subject_of, trials_of
+from hunts import HUNT, ROUNDING, Recorder, brightness, heads_alone, subject_of, trials_of
 from jupyter_client.manager import start_new_kernel
 
 from physnb.config import Guidance, HeadId
@@ -84,7 +84,7 @@ def test_interrupted_hunt_goes_on_with_the_same_batches_to_the_same_bits(make_mo
         subject.scorer = lambda *arguments: (stop(), scorer(*arguments))[1]
     with pytest.raises(KeyboardInterrupt):
         hunt_on(trials)
-    before = list(trials.executor.chunks) if place != "between batches" else chunks[:call]
+    before = list(trials.executor.chunks)
     assert len(store.table()) == trials.rows_run == sum(map(len, before)) < sum(map(len, chunks))
     resumed = trials_of(subject_of(model), store, batch_size=5)
     assert torch.equal(hunt_on(resumed), expected)
@@ -100,6 +100,25 @@ def test_interrupted_hunt_without_a_store_goes_on_where_it_was(model, undisturbe
         hunt_on(trials)
     assert torch.equal(hunt_on(trials), expected)
     assert trials.rows_run == sum(map(len, chunks))
+
+
+class Backwards(Recorder):
+    """Chunks may come back in any order, as from a cluster."""
+
+    def run(self, subject, chunks):
+        for number, outcome in super().run(subject, chunks[::-1]):
+            yield len(chunks) - 1 - number, outcome
+
+
+def test_hunt_whose_batches_came_in_another_order_resumes_to_the_same_bits(model, store, undisturbed):
+    chunks, expected = undisturbed
+    trials = trials_of(subject_of(model), store, batch_size=5, executor=Backwards(), on_rows=StopAt(7))
+    with pytest.raises(KeyboardInterrupt):
+        hunt_on(trials)
+    before = list(trials.executor.chunks)
+    resumed = trials_of(subject_of(model), store, batch_size=5)
+    assert torch.equal(hunt_on(resumed), expected)
+    assert len(before) == 7 and sorted(map(str, before + resumed.executor.chunks)) == sorted(map(str, chunks))
 
 
 def test_disk_that_fills_up_is_named_and_nothing_is_lost_or_twice(model, undisturbed, tmp_path, full_disk):
@@ -264,8 +283,9 @@ def test_objective_that_raises_on_one_case_costs_no_other_row_and_resumes(model,
     found = resumed.scores(asked)
     run = {(trial_name(trial), trials.subject.case_names[case]) for trial, case in resumed.executor.rows}
     assert not run & kept and len(run | kept) == resumed.rows_run + len(kept) == 5 * 4
-    expected = trials_of(subject_of(model, my_score, cases=4)).scores(asked)
-    torch.testing.assert_close(found, expected, atol=ROUNDING, rtol=0)
+    whole = trials_of(subject_of(model, my_score, cases=4), batch_size=12)
+    torch.testing.assert_close(found, whole.scores(asked), atol=ROUNDING, rtol=0)
+    assert resumed.executor.chunks[1:] == whole.executor.chunks[1:]  # the batches after it are those of any hunt
     assert torch.equal(trials.scores(asked), found)  # the object that failed goes on too
 
 

@@ -159,6 +159,15 @@ def test_correction_holds_the_chance_of_any_false_finding():
     assert smallest_alone > 0.4 * hunts  # which is what it is needed for
 
 
+@pytest.mark.parametrize(("cases", "share"), [(24, 0.11), (64, 0.08)])
+def test_skew_passes_as_often_as_the_docstring_says(cases, share):
+    differences = np.random.default_rng(0).exponential(1.0, (4000, cases)) - 1.0  # mean 0, few large losses
+    alone, _ = sign_flips(differences, resamples=1000)
+    assert (alone <= 0.05).mean() == pytest.approx(share, abs=0.012)
+    mirrored, _ = sign_flips(-differences, resamples=1000)
+    assert (mirrored <= 0.05).mean() < 0.05
+
+
 # --- many tests
 
 

@@ -7,7 +7,7 @@ from diffusers import UniPCMultistepScheduler
 from torch import nn
 
 from physnb import subjects
-from physnb.checkpoint import load_model
+from physnb.checkpoint import fingerprint, load_model
 from physnb.config import Guidance, HuntConfig, LayerSkip, OtherModel, Perturbation, head_set
 from physnb.data import Clip, simulate
 from physnb.families import heads_of
@@ -16,7 +16,7 @@ from physnb.objectives import OBJECTIVES, Objective, clip_judge
 from physnb.pretrained import generate_clips, load_pipeline
 from physnb.search import rank_heads
 from physnb.store import TrialStore
-from physnb.subjects import ModelSubject, PipelineSubject, fingerprint, simulated_subject
+from physnb.subjects import ModelSubject, PipelineSubject, simulated_subject
 from physnb.tiny_pipelines import PIPELINES, tiny_pipeline
 from physnb.trials import Trials
 

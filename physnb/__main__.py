@@ -155,7 +155,7 @@ def command_heads(args: argparse.Namespace) -> dict[str, Any]:
 
 def command_hunt(args: argparse.Namespace) -> dict[str, Any]:
     from physnb.checkpoint import load_model
-    from physnb.confirm import METRIC_UNITS, confirm, confirm_heads
+    from physnb.confirm import MOTION, confirm, confirm_heads, metric_units
     from physnb.executors import executor_named
     from physnb.plots import plot_differences, plot_head_map, save_figure
     from physnb.search import check_subject_heads, hunt_heads, pilot_power
@@ -186,15 +186,17 @@ def command_hunt(args: argparse.Namespace) -> dict[str, Any]:
             result = dict(hunt=json.loads(to_json(hunt)), hunted=[str(head) for head in found.heads])
             result |= dict(power=power.to_dict(), ranking=found.ranking.to_rows())
             for name, split in dict(table=hunt.split, table_id="id").items():
-                fresh = simulated_subject(model, hunt, "confirmation", split=split, others=others)
-                fresh = Trials(fresh, store, executor=executor, **settings)
+                part = dict(split=split, others=others)
+                judges = (hunt.objective, MOTION)
+                subjects = [simulated_subject(model, hunt, "confirmation", objective=o, **part) for o in judges]
+                fresh, motion = (Trials(subject, store, executor=executor, **settings) for subject in subjects)
                 if name == "table":
                     verdicts = confirm_heads(trials, fresh, found.ranking, hunt, found.picked)
                     result["heads"] = [verdict.to_row() for verdict in verdicts]
-                arms = confirm(trials, fresh, hunt, found.heads, others=list(others))
+                arms = confirm(trials, fresh, hunt, found.heads, others=list(others), beside=motion)
                 result[name] = [arm.to_row() for arm in arms]
     for name in ("table", "table_id"):
-        save_figure(folder / f"{name}.png", plot_differences(result[name], METRIC_UNITS))
+        save_figure(folder / f"{name}.png", plot_differences(result[name], metric_units(fresh)))
     head_map = plot_head_map(found.ranking.layer_map(), found.heads, found.ranking.label)
     save_figure(folder / "map.png", head_map)
     write_json(folder / "hunt.json", result)

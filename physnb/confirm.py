@@ -25,6 +25,7 @@ METRIC_UNITS = {  # the columns of result tables, in order
     "missing_rate": "share",
     "tracking_error": "units",
 }
+MOTION = "tracking_error"  # an objective whose judge gives all of them
 CFG_TEXT_WEIGHT = 1.0  # the control "CFG": published scale 2
 FALSE_DISCOVERY_RATE = 0.1
 
@@ -104,6 +105,12 @@ class ArmResult:
         }
 
 
+def metric_units(trials: Trials) -> dict[str, str]:
+    """Unit of every column of the final table of a hunt in simulated worlds, its own objective last."""
+    objective = trials.subject.objective
+    return METRIC_UNITS | {objective.name: objective.unit}
+
+
 def arm_values(trials: Trials, guidances: Sequence[Guidance], label: str = "confirm") -> dict[str, Tensor]:
     """Every table metric of the subject's judge, and its objective, averaged over the guidances case by case."""
     names = [name for name in METRIC_UNITS if name in trials.score_names()] or [trials.subject.objective.name]
@@ -118,18 +125,28 @@ def confirm(
     hunted: HeadSet,
     *,
     others: Sequence[str] = (),
+    beside: Trials | None = None,
 ) -> list[ArmResult]:
     """The hunted heads beside their controls, on cases never used for choosing; the first result is unguided.
 
     The best layer is chosen on the selection cases, as the heads were. others: networks that the confirmation's subject
-    knows. Raises ValueError if the two sets of trials share a case, or for heads that the model lacks.
+    knows. beside: trials of the same cases with another judge, whose scores join the table: a hunt by any objective
+    should show what it does to motion. Raises ValueError if selection and confirmation share a case, or for heads that
+    the model lacks.
     """
     require_disjoint(selection, confirmation)
     hunted = check_subject_heads(confirmation, hunted)
     layer = best_layer(selection, hunt)
     arms = control_arms(confirmation.subject.heads, hunt, hunted, layer=layer, others=others)
-    confirmation.scores([g for guidances in arms.values() for g in guidances], label="confirm")  # in full batches
-    values = {name: arm_values(confirmation, guidances) for name, guidances in arms.items()}
+    every = [guidance for guidances in arms.values() for guidance in guidances]
+    judges = [confirmation] if beside is None else [confirmation, beside]
+    for trials in judges:
+        require_disjoint(selection, trials)
+        trials.scores(every, label="confirm")  # in full batches
+    values = {
+        name: {metric: value for trials in judges for metric, value in arm_values(trials, guidances).items()}
+        for name, guidances in arms.items()
+    }
     return [ArmResult(name, found, values["unguided"]) for name, found in values.items()]
 
 

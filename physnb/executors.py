@@ -9,6 +9,7 @@ import re
 import secrets
 import shutil
 import socket
+import sys
 import tempfile
 import time
 import weakref
@@ -72,7 +73,7 @@ class ScoreWorker:
 
     def describe(self) -> dict[str, Any]:
         """Where this worker runs and what its code is."""
-        return dict(node=platform.node(), pid=os.getpid(), code=code_digest())
+        return dict(node=platform.node(), pid=os.getpid(), code=code_hashes())
 
     def score(self, reference: list, chunk: Sequence[Row]) -> Outcome:
         """What comes of a chunk. reference: of the subject, in a list, for Ray would fetch a bare one every time."""
@@ -87,13 +88,11 @@ class ScoreWorker:
         return score_chunk(self.subject, chunk)
 
 
-def code_digest() -> str:
-    """A hash of PyTorch's version and this package's source: what must be the same on all nodes of a cluster."""
-    digest = hashlib.sha256(torch.__version__.encode())
-    folder = Path(__file__).parent
-    for path in sorted(folder.rglob("*.py")):
-        digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())
-    return digest.hexdigest()
+def code_hashes() -> dict[str, str]:
+    """What must be the same on all nodes: PyTorch's version and a hash of each loaded file of this package, by name."""
+    files = {name: module.__file__ for name, module in sys.modules.items() if name.partition(".")[0] == "physnb"}
+    hashes = {name: hashlib.sha256(Path(file).read_bytes()).hexdigest() for name, file in files.items()}
+    return hashes | {"torch": torch.__version__}
 
 
 def move_models(subject: Subject, device: torch.device) -> None:
@@ -143,7 +142,7 @@ class RayExecutor:
         require(threads is None or threads > 0, f"threads of a Ray worker must be at least 1, got {threads}")
         self.threads = threads or torch.get_num_threads()
         self.workers: list[Worker] = []
-        self._code = code_digest()
+        self._code = code_hashes()
         self._subject: tuple[Subject | None, list] = None, []
         self._run: weakref.ref | None = None
         with ExitStack() as opened:
@@ -207,8 +206,9 @@ class RayExecutor:
                     waiting.extendleft(reversed(others))
                     waiting.extend([] if cause is None else [cause])  # last: it costs the others nothing then
                 elif worker.hello:
-                    fault = f"node {answer['node']} has another physnb or PyTorch than this process; {SAME_EVERYWHERE}"
-                    require(answer["code"] == self._code, fault)
+                    other = [name for name, code in answer["code"].items() if self._code.get(name) != code]
+                    fault = f"node {answer['node']} has another {', '.join(other[:3])} than this process"
+                    require(not other, f"{fault}; {SAME_EVERYWHERE}")
                     worker.hello = None
                     deaths.pop(None, None)
                 else:
@@ -303,15 +303,17 @@ def connect(address: str | None, cpus: int | None) -> Iterator[tuple[ModuleType,
             install = "pip install 'physnb[ray]', or pip install 'ray>=2.60,<3'"
             raise ValueError(f"executor 'ray' needs Ray, which is not installed: {install}") from None
         head = None if address is None else head_at(address)
-        ray._private.worker._worker_logs_enabled = False  # Ray reports deaths on standard output, where --json belongs
         if ray.is_initialized():
             require(head is None, "this process is connected to Ray already; leave the address out to use that")
-        elif head is None:
-            opened.enter_context(local_cluster(ray, cpus))
         else:
-            join = partial(ray.init, address=address, log_to_driver=False, logging_level="ERROR")
-            within(CONNECT_SECONDS, join, f"cannot join a Ray cluster at {address}")
-            opened.callback(ray.shutdown)
+            ray._private.worker._worker_logs_enabled = False  # Ray reports deaths on stdout, where --json belongs
+            quiet = dict(log_to_driver=False, logging_level="ERROR")
+            if head is None:
+                opened.enter_context(local_cluster(ray, num_cpus=cpus, **quiet))
+            else:
+                join = partial(ray.init, address=address, **quiet)
+                within(CONNECT_SECONDS, join, f"cannot join a Ray cluster at {address}")
+                opened.callback(ray.shutdown)
         if head is None:
             host, port = ray.get_runtime_context().gcs_address.rsplit(":", 1)
             head = host, int(port)
@@ -330,13 +332,12 @@ def head_at(address: str) -> tuple[str, int]:
 
 
 @contextmanager
-def local_cluster(ray: ModuleType, cpus: int | None) -> Iterator[None]:
+def local_cluster(ray: ModuleType, **settings: Any) -> Iterator[None]:
     """Ray connected to a cluster of its own on this machine; its processes and its files end with the block."""
-    # paths of Unix sockets must not be longer than 107 characters, and some temporary folders are half of that
+    # not in any temporary folder: the path of a Unix socket has at most 107 characters
     folder = tempfile.mkdtemp(prefix="physnb-ray-", dir="/tmp" if os.path.isdir("/tmp") else None)
-    settings = dict(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:  # in this thread: Linux ends the processes with the thread that started them
-        ray.init(address="local", _temp_dir=folder, **settings)
+        ray.init(address="local", include_dashboard=False, _temp_dir=folder, **settings)
     except Exception as error:  # what was started ends with this process, which would not survive its death before
         advice = "try again when the cores are less busy, or give the address of one that `ray start --head` started"
         raise ValueError(f"no Ray cluster could be started here ({last_line(error)}); {advice}") from None

@@ -151,12 +151,18 @@ def unique(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def simulated_subject(
-    model: VideoDiT, hunt: HuntConfig, part: str, *, split: str | None = None, others: Mapping | None = None
+    model: VideoDiT,
+    hunt: HuntConfig,
+    part: str,
+    *,
+    split: str | None = None,
+    objective: str | None = None,
+    others: Mapping | None = None,
 ) -> ModelSubject:
     """The selection or the confirmation cases of a hunt in simulated worlds; the two have no case in common.
 
     part: "selection", the first `selection_cases` of each scenario, or "confirmation", the next `confirmation_cases`.
-    split: of the confirmation cases, if not the hunt's own.
+    split, objective: if not the hunt's own.
     """
     choose("part of a hunt", part, ("selection", "confirmation"))
     first, count = hunt.selection_cases, hunt.confirmation_cases
@@ -164,7 +170,7 @@ def simulated_subject(
     shape = dict(frames=model.config.frames, size=model.config.size, seed=hunt.seed)
     cases = Clip.concatenate([simulate(name, split or hunt.split, numbers, **shape) for name in hunt.scenarios])
     settings = dict(frames_given=hunt.frames_given, steps=hunt.steps, seed=hunt.seed + 1)
-    return ModelSubject(model, cases, objective_named(hunt.objective), **settings, others=others)
+    return ModelSubject(model, cases, objective_named(objective or hunt.objective), **settings, others=others)
 
 
 @dataclass(eq=False)

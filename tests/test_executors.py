@@ -132,8 +132,8 @@ def test_models_of_a_subject_move_and_nothing_else(make_model, subject):
 
 
 def test_node_with_other_code_is_refused(executor, subject, monkeypatch):
-    monkeypatch.setattr(executor, "_code", "that of yesterday")
-    with pytest.raises(ValueError, match="has another physnb or PyTorch than this process; install the same"):
+    monkeypatch.setitem(executor._code, "physnb.objectives", "that of yesterday")
+    with pytest.raises(ValueError, match=r"has another physnb\.objectives than this process; install the same"):
         list(executor.run(subject, [[(Guidance(), 0)], [(Guidance(), 1)]]))
 
 
@@ -171,9 +171,9 @@ def test_objective_that_raises_is_the_same_error_as_locally(executor, subject, g
     for where, name in ((None, "local"), (executor, "ray")):
         with TrialStore(tmp_path / f"{name}.sqlite") as store:
             with pytest.raises(ValueError, match="raised ArithmeticError: the discs overlap") as error:
-                trials_of(raising, where, store=store, batch_size=ROWS).scores(guidances)
+                trials_of(raising, where, store=store, batch_size=36).scores(guidances[:4])
             said.append(str(error.value))
-            assert len(store.table()) == ROWS - 1
+            assert len(store.table()) == 35
     assert said[0] == said[1] and subject.case_names[4] in said[0]
 
 
@@ -239,7 +239,7 @@ def test_lost_head_is_one_error_and_closing_leaves_nothing(executor, subject, mo
     begun = time.monotonic()
     with pytest.raises(ConnectionError, match=r"the head of the Ray cluster at .* is lost \(.*refused\)"):
         list(executor.run(subject, [[(Guidance(), case)] for case in range(9)] * 20))
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < 20
     executor.close()
     psutil.wait_procs(started, timeout=10)
     assert not [process for process in started if is_running(process.pid)]

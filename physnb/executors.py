@@ -34,7 +34,7 @@ from physnb.memory import keep_freed_memory
 from physnb.subjects import Row, Subject
 from physnb.trials import Executor, LocalExecutor, Outcome, score_chunk, trial_name
 
-CONNECT_SECONDS = 60  # to join a cluster
+CONNECT_SECONDS = 60  # to join a cluster, and for a worker that has something to hand it over
 PROBE_SECONDS = 3  # for the head to accept a connection
 HEAD_SECONDS = 20  # without a head until a run gives up; after 60 Ray would end this process
 START_SECONDS = 600  # for the first worker to start; a minute is usual where all cores are busy
@@ -91,8 +91,8 @@ class ScoreWorker:
 def code_hashes() -> dict[str, str]:
     """What must be the same on all nodes: PyTorch's version and a hash of each loaded file of this package, by name."""
     files = {name: module.__file__ for name, module in sys.modules.items() if name.partition(".")[0] == "physnb"}
-    hashes = {name: hashlib.sha256(Path(file).read_bytes()).hexdigest() for name, file in files.items()}
-    return hashes | {"torch": torch.__version__}
+    code = {name: hashlib.sha256(Path(file).read_bytes()).hexdigest() for name, file in files.items()}
+    return code | dict(torch=torch.__version__)
 
 
 def move_models(subject: Subject, device: torch.device) -> None:
@@ -105,9 +105,9 @@ def move_models(subject: Subject, device: torch.device) -> None:
 
 @dataclass(eq=False)
 class Worker:
-    """A ScoreWorker seen from here: what it was asked, in order, by the reference of the answer.
+    """A ScoreWorker seen from here.
 
-    hello: the reference of its description, until that came. chunks: their numbers by the reference of their outcome.
+    hello: reference of its description until that came. chunks: numbers by reference of their outcome, oldest first.
     """
 
     actor: Any
@@ -206,9 +206,8 @@ class RayExecutor:
                     waiting.extendleft(reversed(others))
                     waiting.extend([] if cause is None else [cause])  # last: it costs the others nothing then
                 elif worker.hello:
-                    other = [name for name, code in answer["code"].items() if self._code.get(name) != code]
-                    fault = f"node {answer['node']} has another {', '.join(other[:3])} than this process"
-                    require(not other, f"{fault}; {SAME_EVERYWHERE}")
+                    other = ", ".join(name for name, code in answer["code"].items() if self._code.get(name) != code)
+                    require(not other, f"node {answer['node']} has another {other} than here; {SAME_EVERYWHERE}")
                     worker.hello = None
                     deaths.pop(None, None)
                 else:
@@ -221,17 +220,15 @@ class RayExecutor:
         """Drop workers that died since the last run, so that no chunk is blamed for it."""
         for worker in [worker for worker in self.workers if not worker.hello]:
             try:
-                self.ray.get(worker.actor.describe.remote(), timeout=PROBE_SECONDS)
+                self.ray.get(worker.actor.describe.remote(), timeout=CONNECT_SECONDS)
             except self.ray.exceptions.RayError:
                 self._dismiss(worker)
 
     def _hire(self, chunks: int) -> None:
         """Start workers, up to the number wanted and not more than there are chunks."""
+        share = dict(num_cpus=self.needs["CPU"], num_gpus=self.needs.get("GPU", 0))
         while len(self.workers) < min(self.size, chunks):
-            remote = self.ray.remote(ScoreWorker).options(
-                num_cpus=self.needs["CPU"], num_gpus=self.needs.get("GPU", 0), max_restarts=0, max_task_retries=0
-            )
-            actor = remote.remote(self.threads, self.gpu)
+            actor = self.ray.remote(ScoreWorker).options(**share).remote(self.threads, self.gpu)
             self.workers.append(Worker(actor, actor.describe.remote()))
 
     def _hand_out(self, waiting: deque[int], chunks: Sequence[Sequence[Row]]) -> None:
@@ -257,14 +254,13 @@ class RayExecutor:
             raise ValueError(f"no Ray worker started in {START_SECONDS} s; one needs {self.needs}, free are {free}")
         if not ready:
             return None, None
-        worker = asked[ready[0]]
         try:
-            return worker, self.ray.get(ready[0], timeout=CONNECT_SECONDS)
+            return asked[ready[0]], self.ray.get(ready[0], timeout=CONNECT_SECONDS)
         except self.ray.exceptions.RayTaskError as error:  # not of a row, and no other worker would do better
-            worker.chunks.pop(ready[0], None)
+            asked[ready[0]].chunks.pop(ready[0], None)
             raise ValueError(f"a Ray worker failed ({last_line(error)}); {SAME_EVERYWHERE}") from None
         except self.ray.exceptions.RayError as error:
-            return worker, error
+            return asked[ready[0]], error
 
     def _head_answers(self) -> bool:
         """Whether something listens at the head's address; raises ConnectionError where it has not for long."""
@@ -300,8 +296,7 @@ def connect(address: str | None, cpus: int | None) -> Iterator[tuple[ModuleType,
         try:
             import ray
         except ImportError:
-            install = "pip install 'physnb[ray]', or pip install 'ray>=2.60,<3'"
-            raise ValueError(f"executor 'ray' needs Ray, which is not installed: {install}") from None
+            raise ValueError("executor 'ray' needs Ray: pip install 'physnb[ray]', or 'ray>=2.60,<3'") from None
         head = None if address is None else head_at(address)
         if ray.is_initialized():
             require(head is None, "this process is connected to Ray already; leave the address out to use that")
@@ -326,8 +321,7 @@ def head_at(address: str) -> tuple[str, int]:
     require(found is not None, f"Ray address {address!r} is not of the form HOST:PORT or ray://HOST:PORT")
     host, port = found[1], int(found[2])
     fault = connection_fault(host, port)
-    advice = "give the address that `ray start --head` prints, or none to start a cluster here"
-    require(fault is None, f"no Ray cluster answers at {address} ({fault}); {advice}")
+    require(fault is None, f"no Ray cluster answers at {address} ({fault}); give what `ray start --head` prints")
     return host, port
 
 
@@ -339,7 +333,7 @@ def local_cluster(ray: ModuleType, **settings: Any) -> Iterator[None]:
     try:  # in this thread: Linux ends the processes with the thread that started them
         ray.init(address="local", include_dashboard=False, _temp_dir=folder, **settings)
     except Exception as error:  # what was started ends with this process, which would not survive its death before
-        advice = "try again when the cores are less busy, or give the address of one that `ray start --head` started"
+        advice = "try again when the cores are less busy, or `ray start --head` and give its address"
         raise ValueError(f"no Ray cluster could be started here ({last_line(error)}); {advice}") from None
     try:
         yield

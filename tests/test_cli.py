@@ -423,8 +423,11 @@ def test_hunt_improves_the_objective_that_is_asked_for(capsys, tmp_path, model_f
     assert result["hunt"]["objective"] == objective
     last, first = result["table"][-1][objective], result["table"][0][objective]
     assert last["mean"] - first["mean"] == pytest.approx(last["difference"]["mean"], abs=1e-4)
+    assert "missing_rate" in result["table"][-1]  # what the discs do stands beside it
     rows = stored_rows(tmp_path / "run")
-    assert not rows[objective].isna().any() and rows["subject.judge"].str.startswith(judge).all()
+    chosen_by = rows["subject.judge"].str.startswith(judge)
+    assert not rows[chosen_by][objective].isna().any() and rows[~chosen_by][objective].isna().all()
+    assert set(rows[~chosen_by]["subject.judge"]) == {"trajectory@1"}
 
 
 def test_hunt_races_in_rounds_with_another_perturbation(capsys, tmp_path, model_folder):

@@ -292,12 +292,12 @@ def last_line(error: BaseException) -> str:
 @contextmanager
 def connect(address: str | None, cpus: int | None) -> Iterator[tuple[ModuleType, tuple[str, int]]]:
     """Ray, connected to a cluster, and host and port of its head. cpus: of a cluster that is started for it."""
-    with environment(NO_PACKAGING if address else LOCAL_SETTINGS), ExitStack() as opened:
+    head = None if address is None else head_at(address)
+    with environment(LOCAL_SETTINGS if head is None else NO_PACKAGING), ExitStack() as opened:
         try:
             import ray
         except ImportError:
             raise ValueError("executor 'ray' needs Ray: pip install 'physnb[ray]', or 'ray>=2.60,<3'") from None
-        head = None if address is None else head_at(address)
         if ray.is_initialized():
             require(head is None, "this process is connected to Ray already; leave the address out to use that")
         else:

@@ -134,14 +134,18 @@ def confirm(
     should show what it does to motion. Raises ValueError if selection and confirmation share a case, or for heads that
     the model lacks.
     """
-    require_disjoint(selection, confirmation)
+    judges = [confirmation] if beside is None else [confirmation, beside]
+    for trials in judges:
+        require_disjoint(selection, trials)
+        same = trials.subject.case_names == confirmation.subject.case_names
+        require(
+            same, "the trials beside must have the cases of confirmation, in the same order; make both from the same"
+        )
     hunted = check_subject_heads(confirmation, hunted)
     layer = best_layer(selection, hunt)
     arms = control_arms(confirmation.subject.heads, hunt, hunted, layer=layer, others=others)
     every = [guidance for guidances in arms.values() for guidance in guidances]
-    judges = [confirmation] if beside is None else [confirmation, beside]
     for trials in judges:
-        require_disjoint(selection, trials)
         trials.scores(every, label="confirm")  # in full batches
     values = {
         name: {metric: value for trials in judges for metric, value in arm_values(trials, guidances).items()}

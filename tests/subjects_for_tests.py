@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from physnb.config import HeadId
+from physnb.config import HeadId, HuntConfig
 from physnb.data import VOCABULARY, Clip, DiscState
 from physnb.data.random import uniform_draws
 from physnb.data.worlds import frame_times, render
@@ -17,6 +17,7 @@ from physnb.trials import Trials
 FRAMES, SIZE, PATCH, WIDTH, HEADS = 6, 16, 2, 48, 4
 SPEED = 12.5  # world units/s: one patch a frame
 MOTION_HEAD, STAY_HEAD = HeadId(1, 2), HeadId(0, 1)
+MOTION_HUNT = HuntConfig(top_k=1, weight=1.0, random_draws=2)
 DARKNESS = 0.1  # how loud a dark pixel is in the residual stream, where codes of places have loudness 1
 SHARPNESS = 100.0  # attention logit of the place that a head looks at, over that of one a quarter turn away
 TURN = math.pi / 8  # of a place's code from patch to patch: all eight fit into half a turn

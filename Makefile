@@ -8,7 +8,7 @@ PRESET ?= quick
 run: .venv/installed ## all numbered notebooks at PRESET, and outputs/<run>/report.html
 	$(BIN)/python -m physnb run --preset $(PRESET)
 
-test: .venv/installed ## lint, tests, and the notebooks at their defaults
+test: .venv/ray ## lint, tests, and the notebooks at their defaults
 	PATH="$(CURDIR)/$(BIN):$$PATH" tests/check.sh
 
 lab: .venv/installed ## JupyterLab at the first notebook
@@ -25,4 +25,8 @@ check: .venv/installed ## lint alone
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "physnb needs Python 3.11 or newer; set PYTHON=python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+.venv/ray: .venv/installed
+	$(BIN)/python -m pip install --quiet --editable '.[ray]'
 	@touch $@

@@ -131,16 +131,14 @@ def confirm(
 
     The best layer is chosen on the selection cases, as the heads were. others: networks that the confirmation's subject
     knows. beside: trials of the same cases with another judge, whose scores join the table: a hunt by any objective
-    should show what it does to motion. Raises ValueError if selection and confirmation share a case, or for heads that
-    the model lacks.
+    should show what it does to motion. Raises ValueError if selection and confirmation share a case, if those beside
+    are others, or for heads that the model lacks.
     """
     judges = [confirmation] if beside is None else [confirmation, beside]
     for trials in judges:
         require_disjoint(selection, trials)
         same = trials.subject.case_names == confirmation.subject.case_names
-        require(
-            same, "the trials beside must have the cases of confirmation, in the same order; make both from the same"
-        )
+        require(same, "the trials beside must have the cases of confirmation, in the same order")
     hunted = check_subject_heads(confirmation, hunted)
     layer = best_layer(selection, hunt)
     arms = control_arms(confirmation.subject.heads, hunt, hunted, layer=layer, others=others)

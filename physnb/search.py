@@ -161,10 +161,16 @@ def measure_effects(
 
     NaN where either could not be judged; throughout, where that is so of more than half of the cases that the unguided
     clips could be judged on: a mean over the few that are left would say little, and absence must not win.
+    Raises ValueError where no case of any trial could be judged both with and without guidance.
     """
     baseline, *values = trials.scores([Guidance(), *guidances], cases, label=label)
     effects = trials.subject.objective.sign * (torch.stack(values) - baseline)
     judged = (~effects.isnan()).sum(1, keepdim=True)
+    require(
+        len(guidances) == 0 or bool(judged.any()),
+        f"objective {trials.subject.objective.name} could not be judged both with and without guidance on any case; "
+        "choose another objective or other cases",
+    )
     return torch.where(2 * judged >= (~baseline.isnan()).sum(), effects, torch.nan)
 
 

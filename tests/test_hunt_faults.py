@@ -324,6 +324,13 @@ def test_head_that_no_case_can_judge_comes_last(model):
     assert lost not in hunt_heads(trials_of(subject), dataclasses.replace(HUNT, top_k=7)).heads
 
 
+def test_unguided_clips_that_no_case_can_judge_end_the_hunt(model):
+    cases = simulate("uniform", "id", range(14), frames=8, size=16)
+    for hunt in (HUNT, dataclasses.replace(HUNT, search="race")):
+        with pytest.raises(ValueError, match="made_up could not be judged both with and without guidance on any case"):
+            hunt_heads(trials_of(ModelSubject(model, cases, absent_in(Guidance()))), hunt)
+
+
 def test_objective_that_is_never_a_number_is_named(model):
     subject = subject_of(model, failing_on({0, 1, 2}, lambda: math.nan))
     for hunting in (pilot_power, hunt_heads):

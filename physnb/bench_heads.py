@@ -20,7 +20,7 @@ from physnb.config import Guidance, HeadId, ModelConfig, Perturbation, require
 from physnb.flow import velocity_from_clean
 from physnb.guidance import combine_predictions, guided_velocity
 from physnb.hooks import perturb_rows
-from physnb.memory import keep_freed_memory
+from physnb.memory import keep_freed_memory, peak_bytes
 from physnb.model import SelfAttention, VideoDiT, rotate
 
 WEIGHT = 2.0

@@ -217,12 +217,15 @@ class PipelineSubject:
     def _clip(self, trial: Guidance, case: int) -> Clip:
         prompt, seed = self.cases[case]
         call = dict(seed=seed, steps=self.steps, fps=self.fps) | dict(self.settings)
-        if trial == Guidance():
+        if trial.text_weight != 0:  # an excess weight adds to a scale, whichever its convention
+            require("guidance_scale" in call, "text guidance needs the pipeline's own guidance_scale in settings")
+            call["guidance_scale"] += trial.text_weight
+        if trial == Guidance(text_weight=trial.text_weight):
             return generate_clips(self.pipe, [prompt], **call)
         weight, weak = trial.weak[0] if len(trial.weak) == 1 else (0.0, None)
         require(
             isinstance(weak, Perturbation) and trial == Guidance(weak=trial.weak, start=trial.start, stop=trial.stop),
-            f"pipelines can be guided by one set of broken heads and nothing else, not by {trial}; CFG is a setting",
+            f"pipelines can be guided by one set of broken heads, or by text alone, not by {trial}",
         )
         form = {f.name: getattr(weak, f.name) for f in fields(weak) if f.name != "heads"}
         with guide(self.pipe, weak.heads, weight, start=trial.start, stop=trial.stop, **form):

@@ -281,13 +281,17 @@ def test_rows_of_a_pipeline_are_its_own_clips(pipe, camera):
     with guide(pipe, PIPELINE_HEADS, 3.0, strength=0.8, kind="uniform", start=0.5):
         assert torch.equal(camera.frames()[0], clip(1))
     assert torch.equal(plain, clip(1))  # the pipeline is as it was
+    subject.score([(Guidance(text_weight=2.5), 1)])  # text guidance is the pipeline's own, at a larger scale
+    more = generate_clips(pipe, ["a red ball falls"], seed=1, steps=2, fps=8.0, **CALL | dict(guidance_scale=6.5))
+    assert torch.equal(camera.frames()[0], more.frames[0].int()) and not torch.equal(more.frames[0].int(), plain)
+    with pytest.raises(ValueError, match="text guidance needs the pipeline's own guidance_scale in settings"):
+        PipelineSubject(pipe, CASES, camera.objective(), steps=2).score([(Guidance(text_weight=1.0), 0)])
     assert subject.rows_that_fit() == 1 and subject.heads == heads_of(pipe.transformer)
 
 
 @pytest.mark.parametrize(
     "trial",
     [
-        Guidance(text_weight=1.0),
         Guidance(text_weight=1.0, weak=HEADS.weak),
         Guidance(weak=((1.0, LayerSkip((0,))),)),
         Guidance(weak=((1.0, OtherModel("early")),)),
@@ -297,7 +301,7 @@ def test_rows_of_a_pipeline_are_its_own_clips(pipe, camera):
     ],
 )
 def test_pipelines_refuse_what_they_cannot_be_guided_by(pipe, camera, trial):
-    with pytest.raises(ValueError, match=r"pipelines can be guided by one set of broken heads and nothing else"):
+    with pytest.raises(ValueError, match=r"pipelines can be guided by one set of broken heads, or by text alone"):
         pipeline_subject(pipe, camera).score([(trial, 0)])
     assert camera.clips == []
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 import re
 import secrets
 import shutil
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -41,13 +43,24 @@ START_SECONDS = 600  # for the first worker to start; a minute is usual where al
 CHUNKS_A_WORKER = 2  # the second waits at the worker, which then never waits for what is done with outcomes here
 MOST_DEATHS = 3  # of workers that score the same chunk, and of workers in a row that do not even start
 SAME_EVERYWHERE = "install the same physnb, PyTorch and what the objective imports on every node"
-NO_PACKAGING = {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}  # else Ray uploads the working directory under `uv run`
-LOCAL_SETTINGS = NO_PACKAGING | {  # of a cluster that is started here
-    "RAY_AUTH_TOKEN": secrets.token_hex(32),  # who reaches this machine cannot run code on it; else a file in $HOME
+START_ATTEMPTS = 4  # of a cluster here: Ray gives its helpers 15 s, too few at times where all cores are busy
+SETTINGS = {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}  # else Ray uploads the working directory under `uv run`
+LOCAL_SETTINGS = SETTINGS | {  # of a cluster that is started here
+    "RAY_AUTH_MODE": "token",  # else whoever reaches this machine could run code on it
+    "RAY_AUTH_TOKEN": secrets.token_hex(32),
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_raylet_start_wait_time_s": "120",  # Ray's 30 are short where all cores are busy
+    "RAY_raylet_start_wait_time_s": "20",  # if the helpers are too late it never starts
     "RAY_worker_niceness": "0",  # at Ray's 15 a worker's imports take minutes beside other work
 }
+HEAD = """
+import json, os, shutil, sys
+from ray.cluster_utils import Cluster
+cluster = Cluster(initialize_head=True, head_node_args=json.loads(sys.argv[1]))
+print(cluster.address, flush=True)
+sys.stdin.read()  # ends when the process that started this one closes it, or ends
+cluster.shutdown()
+shutil.rmtree(os.environ["RAY_TMPDIR"], ignore_errors=True)
+"""
 
 
 @contextmanager
@@ -145,8 +158,11 @@ class RayExecutor:
         self._code = code_hashes()
         self._subject: tuple[Subject | None, list] = None, []
         self._run: weakref.ref | None = None
+        cores = os.cpu_count() or 1
         with ExitStack() as opened:
-            self.ray, self._head = opened.enter_context(connect(address, self.threads * workers if workers else None))
+            self.ray, self._head = opened.enter_context(
+                connect(address, self.threads * (workers or cores // self.threads or 1))
+            )
             nodes = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
             self.gpu = any(node.get("GPU", 0) >= 1 for node in nodes)
             # no more than the largest node has: on small nodes the threads share cores, but the numbers stay the same
@@ -284,34 +300,32 @@ def name_rows(subject: Subject, chunk: Sequence[Row]) -> str:
     return f"trials {'; '.join(trials)} on cases {'; '.join(cases)}"
 
 
-def last_line(error: BaseException) -> str:
+def last_line(error: BaseException | str) -> str:
     """What an error says in the end; those of Ray begin with pages of tracebacks."""
-    return str(error).strip().splitlines()[-1].strip() if str(error).strip() else type(error).__name__
+    return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
 
 
 @contextmanager
-def connect(address: str | None, cpus: int | None) -> Iterator[tuple[ModuleType, tuple[str, int]]]:
+def connect(address: str | None, cpus: int) -> Iterator[tuple[ModuleType, tuple[str, int]]]:
     """Ray, connected to a cluster, and host and port of its head. cpus: of a cluster that is started for it."""
     head = None if address is None else head_at(address)
-    with environment(LOCAL_SETTINGS if head is None else NO_PACKAGING), ExitStack() as opened:
+    with environment(LOCAL_SETTINGS if address is None else SETTINGS), ExitStack() as opened:
         try:
             import ray
         except ImportError:
             raise ValueError("executor 'ray' needs Ray: pip install 'physnb[ray]', or 'ray>=2.60,<3'") from None
         if ray.is_initialized():
             require(head is None, "this process is connected to Ray already; leave the address out to use that")
+            head = head_at(ray.get_runtime_context().gcs_address)
         else:
             ray._private.worker._worker_logs_enabled = False  # Ray reports deaths on stdout, where --json belongs
-            quiet = dict(log_to_driver=False, logging_level="ERROR")
             if head is None:
-                opened.enter_context(local_cluster(ray, num_cpus=cpus, **quiet))
-            else:
-                join = partial(ray.init, address=address, **quiet)
-                within(CONNECT_SECONDS, join, f"cannot join a Ray cluster at {address}")
-                opened.callback(ray.shutdown)
-        if head is None:
-            host, port = ray.get_runtime_context().gcs_address.rsplit(":", 1)
-            head = host, int(port)
+                address = opened.enter_context(local_cluster(cpus))
+                head = head_at(address)
+                ray._raylet.Config.initialize("")  # Ray may have been imported before the token was set
+            join = partial(ray.init, address=address, log_to_driver=False, logging_level="ERROR")
+            within(CONNECT_SECONDS, join, f"cannot join a Ray cluster at {address}")
+            opened.callback(ray.shutdown)
         yield ray, head
 
 
@@ -326,35 +340,44 @@ def head_at(address: str) -> tuple[str, int]:
 
 
 @contextmanager
-def local_cluster(ray: ModuleType, **settings: Any) -> Iterator[None]:
-    """Ray connected to a cluster of its own on this machine; its processes and its files end with the block."""
+def local_cluster(cpus: int) -> Iterator[str]:
+    """The address of a cluster on this machine; it ends with the block, or with this process however that ends."""
+    with ExitStack() as opened:
+        for _ in range(START_ATTEMPTS):
+            address, fault = opened.enter_context(head_process(cpus))
+            if address:
+                yield address
+                return
+        raise ValueError(f"no Ray cluster could be started ({fault}); try again when the cores are less busy")
+
+
+@contextmanager
+def head_process(cpus: int) -> Iterator[tuple[str, str]]:
+    """The address of a cluster whose head is a process of its own, or nothing and the reason."""
     # not in any temporary folder: the path of a Unix socket has at most 107 characters
-    folder = tempfile.mkdtemp(prefix="physnb-ray-", dir="/tmp" if os.path.isdir("/tmp") else None)
-    try:  # in this thread: Linux ends the processes with the thread that started them
-        ray.init(address="local", include_dashboard=False, _temp_dir=folder, **settings)
-    except Exception as error:  # what was started ends with this process, which would not survive its death before
-        advice = "try again when the cores are less busy, or `ray start --head` and give its address"
-        raise ValueError(f"no Ray cluster could be started here ({last_line(error)}); {advice}") from None
+    folder = Path(tempfile.mkdtemp(prefix="physnb-ray-", dir="/tmp" if os.path.isdir("/tmp") else None))
+    settings = dict(num_cpus=cpus, num_gpus=torch.cuda.device_count(), no_monitor=True)
+    settings |= dict(include_dashboard=False, include_log_monitor=False)
+    settings |= dict(object_store_memory=psutil.virtual_memory().available // 4)
+    with open(folder / "errors", "w") as errors:
+        head = psutil.Popen(
+            [sys.executable, "-c", HEAD, json.dumps(settings)], env=os.environ | {"RAY_TMPDIR": str(folder)}, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, start_new_session=True,
+        )  # fmt: skip
     try:
-        yield
+        yield head.stdout.readline().strip(), last_line((folder / "errors").read_text())
     finally:
-        processes = cluster_processes(folder)
-        ray.shutdown()
+        processes = [head]
+        with suppress(psutil.NoSuchProcess):
+            processes += head.children(recursive=True)
+        head.stdin.close()
+        with suppress(subprocess.TimeoutExpired, psutil.TimeoutExpired):
+            head.wait(CONNECT_SECONDS)
         for process in processes:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(processes, timeout=PROBE_SECONDS)
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def cluster_processes(folder: str) -> list[psutil.Process]:
-    """What a cluster with its files in `folder` runs below this process."""
-    found = []
-    for child in psutil.Process().children():
-        with suppress(psutil.Error):
-            if any(folder in argument for argument in child.cmdline()):
-                found += [child, *child.children(recursive=True)]
-    return found
 
 
 @contextmanager

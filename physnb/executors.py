@@ -81,8 +81,7 @@ class ScoreWorker:
     def __init__(self, threads: int, gpu: bool):
         torch.set_num_threads(threads)
         keep_freed_memory()
-        self.gpu = gpu
-        self.subject = self.reference = None
+        self.gpu, self.subject, self.reference = gpu, None, None
 
     def describe(self) -> dict[str, Any]:
         """Where this worker runs and what its code is."""
@@ -137,9 +136,8 @@ class RayExecutor:
     """Chunks scored by workers of a Ray cluster, each a process, with a GPU each where the cluster has some.
 
     address: HOST:PORT of the head of a running cluster, from one of its nodes; ray://HOST:PORT from elsewhere, which
-    needs `ray[client]`. Without it, the cluster that this process is connected to, else one that is started on this
-    machine and of which `close` leaves nothing. workers: by default as many as the cluster has room for. threads: of a
-    worker, by default those of PyTorch in this process.
+    needs `ray[client]`. Without it one is started on this machine, of which `close` leaves nothing. workers: by default
+    as many as the cluster has room for. threads: of a worker, by default those of PyTorch in this process.
 
     Scores equal those of LocalExecutor to the bit for the same chunks (so the same batch size), number of threads and
     kind of device and processor. How many workers there are and which of them scores a chunk decides nothing. That all
@@ -156,13 +154,10 @@ class RayExecutor:
         self.threads = threads or torch.get_num_threads()
         self.workers: list[Worker] = []
         self._code = code_hashes()
-        self._subject: tuple[Subject | None, list] = None, []
-        self._run: weakref.ref | None = None
-        cores = os.cpu_count() or 1
+        self._subject, self._run = (None, []), None
+        cores = self.threads * (workers or (os.cpu_count() or 1) // self.threads or 1)
         with ExitStack() as opened:
-            self.ray, self._head = opened.enter_context(
-                connect(address, self.threads * (workers or cores // self.threads or 1))
-            )
+            self.ray, self._head = opened.enter_context(connect(address, cores))
             nodes = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
             self.gpu = any(node.get("GPU", 0) >= 1 for node in nodes)
             # no more than the largest node has: on small nodes the threads share cores, but the numbers stay the same
@@ -259,10 +254,7 @@ class RayExecutor:
     def _next_answer(self) -> tuple[Worker | None, Any]:
         """A worker and its answer, or the error that it died of; no worker where none answers within a second."""
         asked = {worker.next_answer: worker for worker in self.workers if worker.next_answer}
-        if not asked:
-            time.sleep(1.0)
-            return None, None
-        ready, _ = self.ray.wait(list(asked), timeout=1.0)
+        ready, _ = self.ray.wait(list(asked), timeout=1.0) if asked else ([], time.sleep(1.0))
         if any(not worker.hello for worker in self.workers):
             self._staffed = time.monotonic()
         elif time.monotonic() - self._staffed > START_SECONDS:
@@ -314,19 +306,18 @@ def connect(address: str | None, cpus: int) -> Iterator[tuple[ModuleType, tuple[
             import ray
         except ImportError:
             raise ValueError("executor 'ray' needs Ray: pip install 'physnb[ray]', or 'ray>=2.60,<3'") from None
-        if ray.is_initialized():
-            require(head is None, "this process is connected to Ray already; leave the address out to use that")
-            head = head_at(ray.get_runtime_context().gcs_address)
-        else:
-            ray._private.worker._worker_logs_enabled = False  # Ray reports deaths on stdout, where --json belongs
-            if head is None:
-                address = opened.enter_context(local_cluster(cpus))
-                head = head_at(address)
-                ray._raylet.Config.initialize("")  # Ray may have been imported before the token was set
-            join = partial(ray.init, address=address, log_to_driver=False, logging_level="ERROR")
-            within(CONNECT_SECONDS, join, f"cannot join a Ray cluster at {address}")
-            opened.callback(ray.shutdown)
-        yield ray, head
+        require(not ray.is_initialized(), "this process is connected to Ray already; call ray.shutdown() first")
+        attempts = 0
+        while not address:
+            address, fault = opened.enter_context(local_cluster(cpus))
+            attempts += 1
+            require(address or attempts < START_ATTEMPTS, f"no Ray cluster could be started ({fault}); try again later")
+            ray._raylet.Config.initialize("")  # Ray may have been imported before the token was set
+        join = partial(ray.init, address=address, log_to_driver=False, logging_level="ERROR")
+        within(CONNECT_SECONDS, join, f"cannot join a Ray cluster at {address}")
+        opened.callback(ray.shutdown)
+        ray._private.worker._worker_logs_enabled = False  # Ray reports deaths on stdout, where --json belongs
+        yield ray, head or head_at(address)
 
 
 def head_at(address: str) -> tuple[str, int]:
@@ -340,20 +331,8 @@ def head_at(address: str) -> tuple[str, int]:
 
 
 @contextmanager
-def local_cluster(cpus: int) -> Iterator[str]:
-    """The address of a cluster on this machine; it ends with the block, or with this process however that ends."""
-    with ExitStack() as opened:
-        for _ in range(START_ATTEMPTS):
-            address, fault = opened.enter_context(head_process(cpus))
-            if address:
-                yield address
-                return
-        raise ValueError(f"no Ray cluster could be started ({fault}); try again when the cores are less busy")
-
-
-@contextmanager
-def head_process(cpus: int) -> Iterator[tuple[str, str]]:
-    """The address of a cluster whose head is a process of its own, or nothing and the reason."""
+def local_cluster(cpus: int) -> Iterator[tuple[str, str]]:
+    """The address of a cluster on this machine, or nothing and the reason; it ends with the block or this process."""
     # not in any temporary folder: the path of a Unix socket has at most 107 characters
     folder = Path(tempfile.mkdtemp(prefix="physnb-ray-", dir="/tmp" if os.path.isdir("/tmp") else None))
     settings = dict(num_cpus=cpus, num_gpus=torch.cuda.device_count(), no_monitor=True)
@@ -371,8 +350,7 @@ def head_process(cpus: int) -> Iterator[tuple[str, str]]:
         with suppress(psutil.NoSuchProcess):
             processes += head.children(recursive=True)
         head.stdin.close()
-        with suppress(subprocess.TimeoutExpired, psutil.TimeoutExpired):
-            head.wait(CONNECT_SECONDS)
+        psutil.wait_procs([head], timeout=CONNECT_SECONDS)
         for process in processes:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
@@ -382,14 +360,14 @@ def head_process(cpus: int) -> Iterator[tuple[str, str]]:
 
 @contextmanager
 def environment(settings: Mapping[str, str]) -> Iterator[None]:
-    """Environment variables within the block, where not set already; those that Ray adds there go too."""
-    before = dict(os.environ)
-    os.environ.update(settings | before)
+    """Environment variables within the block; one that is set already keeps its value."""
+    added = {name: value for name, value in settings.items() if name not in os.environ}
+    os.environ.update(added)
     try:
         yield
     finally:
-        for name in [name for name in os.environ if name.startswith("RAY_") and name not in before]:
-            del os.environ[name]
+        for name in added:
+            os.environ.pop(name, None)
 
 
 def connection_fault(host: str, port: int) -> str | None:

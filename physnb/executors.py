@@ -36,8 +36,9 @@ from physnb.memory import keep_freed_memory
 from physnb.subjects import Row, Subject
 from physnb.trials import Executor, LocalExecutor, Outcome, score_chunk, trial_name
 
-CONNECT_SECONDS = 60  # to join a cluster, and for a worker that has something to hand it over
+CONNECT_SECONDS = 60  # to join a cluster, and to end one
 PROBE_SECONDS = 3  # for the head to accept a connection
+ANSWER_SECONDS = 20  # for a worker to say that it lives, or to hand over what it has
 HEAD_SECONDS = 20  # without a head until a run gives up; after 60 Ray would end this process
 START_SECONDS = 600  # for the first worker to start; a minute is usual where all cores are busy
 CHUNKS_A_WORKER = 2  # the second waits at the worker, which then never waits for what is done with outcomes here
@@ -53,13 +54,12 @@ LOCAL_SETTINGS = SETTINGS | {  # of a cluster that is started here
     "RAY_worker_niceness": "0",  # at Ray's 15 a worker's imports take minutes beside other work
 }
 HEAD = """
-import json, os, shutil, sys
+import json, sys
 from ray.cluster_utils import Cluster
 cluster = Cluster(initialize_head=True, head_node_args=json.loads(sys.argv[1]))
 print(cluster.address, flush=True)
 sys.stdin.read()  # ends when the process that started this one closes it, or ends
 cluster.shutdown()
-shutil.rmtree(os.environ["RAY_TMPDIR"], ignore_errors=True)
 """
 
 
@@ -117,14 +117,11 @@ def move_models(subject: Subject, device: torch.device) -> None:
 
 @dataclass(eq=False)
 class Worker:
-    """A ScoreWorker seen from here.
-
-    hello: reference of its description until that came. chunks: numbers by reference of their outcome, oldest first.
-    """
+    """A ScoreWorker seen from here."""
 
     actor: Any
-    hello: Any
-    chunks: dict[Any, int] = field(default_factory=dict)
+    hello: Any  # reference of its description, until that has come
+    chunks: dict[Any, int] = field(default_factory=dict)  # numbers by the reference of their outcome, oldest first
 
     @property
     def next_answer(self) -> Any:
@@ -195,11 +192,13 @@ class RayExecutor:
         if self._subject[0] is not subject:
             self._subject = subject, [self.ray.put(subject)]
         self._staffed, self._headless = time.monotonic(), None
+        while not self._head_answers():  # Ray itself would wait for it, and then end this process
+            time.sleep(1.0)
         self._forget_dead()
         waiting, deaths = deque(range(len(chunks))), Counter()  # deaths by chunk; None is a worker that did not start
         try:
             while waiting or any(worker.chunks for worker in self.workers):
-                if self._head_answers():  # else Ray would wait for it, and then end this process
+                if self._head_answers():
                     self._hire(len(waiting) + sum(len(worker.chunks) for worker in self.workers))
                 self._hand_out(waiting, chunks)
                 worker, answer = self._next_answer()
@@ -231,7 +230,7 @@ class RayExecutor:
         """Drop workers that died since the last run, so that no chunk is blamed for it."""
         for worker in [worker for worker in self.workers if not worker.hello]:
             try:
-                self.ray.get(worker.actor.describe.remote(), timeout=CONNECT_SECONDS)
+                self.ray.get(worker.actor.describe.remote(), timeout=ANSWER_SECONDS)
             except self.ray.exceptions.RayError:
                 self._dismiss(worker)
 
@@ -263,7 +262,7 @@ class RayExecutor:
         if not ready:
             return None, None
         try:
-            return asked[ready[0]], self.ray.get(ready[0], timeout=CONNECT_SECONDS)
+            return asked[ready[0]], self.ray.get(ready[0], timeout=ANSWER_SECONDS)
         except self.ray.exceptions.RayTaskError as error:  # not of a row, and no other worker would do better
             asked[ready[0]].chunks.pop(ready[0], None)
             raise ValueError(f"a Ray worker failed ({last_line(error)}); {SAME_EVERYWHERE}") from None

@@ -183,6 +183,10 @@ def test_bad_guidance_is_named_and_nothing_written(capsys, tmp_path, model_folde
     fails(capsys, tmp_path, [*HUNT, "--model", model_folder, "--out", "new", *more], *named)
 
 
+def test_weaker_models_of_one_name_are_refused(capsys, tmp_path, hunt_arguments, weaker_folder):
+    fails(capsys, tmp_path, [*hunt_arguments, "--weaker", f"{weaker_folder}/", "--out", "new"], "one name", "rename")
+
+
 @pytest.mark.parametrize(
     ("more", "named"),
     [

@@ -169,7 +169,7 @@ def command_hunt(args: argparse.Namespace) -> dict[str, Any]:
     hunt = dataclasses.replace(hunt, **given)
     model = load_model(args.model)
     others = {Path(folder).resolve().name: load_model(folder) for folder in args.weaker}
-    require(len(others) == len(args.weaker), f"two --weaker folders have one name: {', '.join(args.weaker)}; rename one")
+    require(len(others) == len(args.weaker), f"--weaker folders of one name ({', '.join(args.weaker)}); rename one")
     subject = simulated_subject(model, hunt, "selection")
     settings = dict(batch_size=args.batch_size, progress=not args.json)
     with executor_named(args.executor, address=args.address, workers=args.workers) as executor:

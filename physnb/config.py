@@ -92,6 +92,7 @@ class Perturbation:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "heads", head_set(self.heads))
+        object.__setattr__(self, "strength", float(self.strength))
         object.__setattr__(self, "sigma", tuple(float(s) for s in self.sigma))
         choose("perturbation kind", self.kind, PERTURBATION_KINDS)
         choose("perturbation axis", self.axis, AXES)
@@ -158,6 +159,9 @@ class Guidance:
     parallel: float = 1.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "weak", tuple((float(weight), weak) for weight, weak in self.weak))
+        for name in ("text_weight", "start", "stop", "rescale", "parallel"):
+            object.__setattr__(self, name, float(getattr(self, name)))
         for weight in (self.text_weight, *(weight for weight, _ in self.weak), self.parallel):
             require(math.isfinite(weight), f"guidance weight must be a finite number, got {weight}")
         require(

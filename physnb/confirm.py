@@ -1,4 +1,4 @@
-"""Judging hunted heads on cases that no head was chosen on: beside controls, one by one, and over (w, u).
+"""Judging hunted heads on cases that no head was chosen on: beside controls, and one by one.
 
 That selection and confirmation share no case is enforced: every function that judges a choice takes both sets of trials
 and raises where they meet.
@@ -48,10 +48,11 @@ def layer_heads(heads: HeadSet) -> dict[int, HeadSet]:
     return {layer: tuple(h for h in heads if h.layer == layer) for layer in sorted({h.layer for h in heads})}
 
 
-def best_layer(selection: Trials, hunt: HuntConfig) -> int:
+def best_layer(selection: Trials, hunt: HuntConfig, cases: Sequence[int] | None = None) -> int:
     """The layer that helps most when broken as a whole, on the selection cases: published PAG, at its best."""
     layers = layer_heads(selection.subject.heads)
-    effects = measure_effects(selection, [hunt.guidance(heads) for heads in layers.values()], label="layers")
+    guidances = [hunt.guidance(heads) for heads in layers.values()]
+    effects = measure_effects(selection, guidances, cases, label="layers")
     return list(layers)[int(effects.nanmean(1).nan_to_num(nan=torch.inf).argmin())]
 
 
@@ -216,27 +217,3 @@ def mean_gap(chosen: Float[Tensor, " case"], fresh: Float[Tensor, " case"], resa
     drawn = [v[generator.integers(0, len(v), (resamples, len(v)))].mean(1) for v in known]
     low, high = np.quantile(drawn[1] - drawn[0], [0.025, 0.975])
     return Estimate(float(known[1].mean() - known[0].mean()), float(low), float(high), judged, cases)
-
-
-def strength_surface(
-    selection: Trials,
-    confirmation: Trials,
-    hunt: HuntConfig,
-    heads: HeadSet,
-    weights: Sequence[float],
-    strengths: Sequence[float],
-) -> dict[tuple[float, float], ArmResult]:
-    """The head set's effect on the confirmation cases at every (weight w, strength u), by (w, u)."""
-    require_disjoint(selection, confirmation)
-    heads = check_subject_heads(confirmation, heads)
-    grid = {
-        (w, u): Guidance() if w == 0 or u == 0 else Guidance.from_heads(heads, w, u, kind=hunt.kind, axis=hunt.axis)
-        for w in weights
-        for u in strengths
-    }
-    confirmation.scores(list(grid.values()), label="surface")
-    baseline = arm_values(confirmation, [Guidance()])
-    return {
-        (w, u): ArmResult(f"w={w:g} u={u:g}", arm_values(confirmation, [trial]), baseline)
-        for (w, u), trial in grid.items()
-    }

@@ -68,6 +68,13 @@ def make_scheduler(solver: str, shift: float):
     return DPMSolverMultistepScheduler(num_train_timesteps=TRAIN_TIMESTEPS, **flow)
 
 
+def sampling_levels(solver: str, steps: int, shift: float) -> list[float]:
+    """The noise level sigma of every call of the model in a sampling, from 1 down."""
+    scheduler = make_scheduler(solver, shift)
+    scheduler.set_timesteps(steps)
+    return scheduler.sigmas.tolist()[:-1]
+
+
 def solve(
     velocity: Callable[[ClipTensor, Levels, float], ClipTensor],
     noise: ClipTensor,

@@ -25,6 +25,7 @@ from physnb.data.impossible import kinds_for, make_impossible
 from physnb.data.takes import second_take
 from physnb.likelihood import noise_levels, preference_error
 from physnb.metrics import Scores, metric_trajectory
+from physnb.metrics.colour import oversaturation
 from physnb.metrics.physics_iq import measure_takes
 from physnb.metrics.preference import UNTRAINED, RewardModel, metric_reward
 from physnb.metrics.question_making import metric_answers
@@ -101,8 +102,15 @@ def simulated(judge: str, cases: Clip | None) -> Clip:
 
 
 def prepare_trajectory(cases: Clip | None, frames_given: int, seed: int) -> ClipScorer:
+    """The true motion, and beside it whether guidance burns."""
     cases = simulated("trajectory", cases)
-    return lambda generated, rows: metric_trajectory(generated, cases[list(rows)], frames_given=frames_given)
+
+    def score(generated: Clip, rows: Sequence[int]) -> dict[str, Scores]:
+        true = cases[list(rows)]
+        found = metric_trajectory(generated, true, frames_given=frames_given)
+        return found | dict(oversaturation=oversaturation(generated, true, frames_given=frames_given))
+
+    return score
 
 
 def prepare_physics_iq(cases: Clip | None, frames_given: int, seed: int) -> ClipScorer:
@@ -145,7 +153,7 @@ def prepare_preference(cases: Clip | None, frames_given: int, seed: int) -> Mode
     return score
 
 
-TRAJECTORY = Judge("trajectory", prepare_trajectory)
+TRAJECTORY = Judge("trajectory", prepare_trajectory, version=2)
 PHYSICS_IQ = Judge("physics_iq", prepare_physics_iq)
 ANSWERS = Judge("answers", prepare_answers)
 REWARD = Judge("reward", prepare_reward)

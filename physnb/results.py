@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from physnb.plots import save_figure, write_video
-from physnb.store import read_json, write_json
+from physnb.store import TrialStore, read_json, write_json
 
 RECORDS = "records.json"
 PACKAGES = ("torch", "diffusers", "accelerate", "numpy")
@@ -34,6 +35,17 @@ class Recorder:
         self.folder = self.run / notebook
         self.folder.mkdir(parents=True, exist_ok=True)
 
+    def store(self, reference: str | Path | None = None) -> TrialStore:
+        """The run's trial store, shared by its notebooks: what one has measured, no other measures again.
+
+        Without a run it is a copy of `reference`, a store whose rows are then at hand, or a new one if that is not
+        there. The copy goes with the kernel.
+        """
+        path = self.run / "trials.sqlite"
+        if self._temporary is not None and not path.exists() and reference is not None and Path(reference).is_file():
+            shutil.copyfile(reference, path)
+        return TrialStore(path)
+
     def _record(self, name: str, kind: str, caption: str, **more: Any) -> None:
         path = self.folder / RECORDS
         records = read_json(path) if path.exists() else []
@@ -54,9 +66,9 @@ class Recorder:
         self._record(name, "table", caption, rows=rows[:shown])
         return rows
 
-    def video(self, name: str, clips: dict[str, Any], caption: str) -> Path:
-        """The path of <name>.mp4, which shows the clips side by side, one case a row."""
-        path = write_video(self.folder / f"{name}.mp4", clips)
+    def video(self, name: str, clips: dict[str, Any], caption: str, *, scale: int = 4) -> Path:
+        """The path of <name>.mp4, which shows the clips side by side, one case a row; scale: screen pixels a pixel."""
+        path = write_video(self.folder / f"{name}.mp4", clips, scale=scale)
         self._record(name, "video", f"{', '.join(clips)} (left to right). {caption}", file=path.name)
         return path
 

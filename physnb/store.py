@@ -9,12 +9,15 @@ import os
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import pandas
+import torch
+from jaxtyping import UInt8
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -170,7 +173,7 @@ class Database:
 
 
 class TrialStore(Database):
-    """A SQLite file with one row a trial and case, written as they finish.
+    """A SQLite file with one row a trial and case, written as they finish, and the clips of those that were looked at.
 
     A trial is known by the hash of all that decides its numbers, so that rows of other models, metrics or seeds never
     mix. Several processes may write at once; a row that is there already stays. kill -9 loses the rows in flight.
@@ -178,8 +181,8 @@ class TrialStore(Database):
     """
 
     kind = "trial store"
-    version = 2
-    tables = frozenset({"trials", "scores"})
+    version = 3
+    tables = frozenset({"trials", "scores", "clips"})
     schema = """
 CREATE TABLE IF NOT EXISTS trials (
     trial TEXT PRIMARY KEY,  -- SHA-256 of what follows
@@ -193,6 +196,13 @@ CREATE TABLE IF NOT EXISTS scores (
     written TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP,
     PRIMARY KEY (trial, case_name)
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS clips (
+    trial TEXT NOT NULL,
+    case_name TEXT NOT NULL,
+    shape TEXT NOT NULL,     -- JSON of [time, height, width, 3]
+    frames BLOB NOT NULL,    -- zlib of the uint8 pixels in this order
+    PRIMARY KEY (trial, case_name)
+);
 """
 
     @staticmethod
@@ -222,6 +232,31 @@ CREATE TABLE IF NOT EXISTS scores (
             case: {name: math.nan if value is None else value for name, value in json.loads(scores).items()}
             for case, scores in rows
         }
+
+    def write_clips(self, rows: Iterable[tuple[str, str, str, UInt8[Tensor, "time height width 3"]]]) -> None:
+        """Rows of (identity, name, case, frames), in one transaction; a clip that is there already stays."""
+        rows = [(self.key(identity), identity, name, case, frames) for identity, name, case, frames in rows]
+        packed = [
+            (key, case, json.dumps(list(frames.shape)), zlib.compress(frames.contiguous().numpy().tobytes()))
+            for key, _, _, case, frames in rows
+        ]
+        with self._named(), self.connection:
+            self.connection.executemany("INSERT OR IGNORE INTO trials VALUES (?, ?, ?)", {row[:3] for row in rows})
+            self.connection.executemany("INSERT OR IGNORE INTO clips VALUES (?, ?, ?, ?)", packed)
+
+    def read_clips(self, identity: str, cases: Sequence[str]) -> dict[str, UInt8[Tensor, "time height width 3"]]:
+        """The clips of a trial that are there, by case; raises ValueError for one that is damaged."""
+        query = f"""SELECT case_name, shape, frames FROM clips
+            WHERE trial = ? AND case_name IN ({", ".join("?" * len(cases))})"""
+        with self._named():
+            rows = self.connection.execute(query, (self.key(identity), *cases)).fetchall()
+        return {case: self._unpack(case, shape, frames) for case, shape, frames in rows}
+
+    def _unpack(self, case: str, shape: str, frames: bytes) -> UInt8[Tensor, "time height width 3"]:
+        try:
+            return torch.frombuffer(bytearray(zlib.decompress(frames)), dtype=torch.uint8).reshape(json.loads(shape))
+        except (zlib.error, RuntimeError, ValueError) as error:
+            raise ValueError(f"clip {case} in {self.path} is damaged ({error}); use another file") from None
 
     def table(self) -> pandas.DataFrame:
         """One row a trial and case: trial, name, case_name, written, then what identities hold and every score.

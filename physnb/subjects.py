@@ -50,6 +50,10 @@ class Subject(Protocol):
         """Scores of every row by name, the objective among them; NaN where a row cannot be judged."""
         ...
 
+    def make(self, rows: Sequence[Row]) -> Clip:
+        """The generated clip of every row: what a judge of clips scores."""
+        ...
+
     def rows_that_fit(self) -> int:
         """How many rows run best together."""
         ...
@@ -127,18 +131,20 @@ class ModelSubject:
         guidance, numbers = [g for g, _ in rows], [case for _, case in rows]
         if not self.objective.judge.generates:
             return judged(self.objective, self.scorer(self.model, guidance, numbers, self.others), rows)
-        made = generate(
+        return judged(self.objective, self.scorer(self.make(rows), numbers), rows)
+
+    def make(self, rows: Sequence[Row]) -> Clip:
+        return generate(
             self.model,
-            self.cases[numbers],
+            self.cases[[case for _, case in rows]],
             frames_given=self.frames_given,
-            guidance=guidance,
+            guidance=[guidance for guidance, _ in rows],
             steps=self.steps,
             solver=self.solver,
             seed=self.seed,
             batch_size=len(rows),
             others=self.others,
         )
-        return judged(self.objective, self.scorer(made, numbers), rows)
 
 
 def unique(names: Iterable[str]) -> tuple[str, ...]:
@@ -212,7 +218,10 @@ class PipelineSubject:
         return settings | dict(judge=f"{judge.name}@{judge.version}", settings=dict(self.settings))
 
     def score(self, rows: Sequence[Row]) -> dict[str, Float[Tensor, " row"]]:
-        return judged(self.objective, self.scorer(Clip.concatenate([self._clip(*row) for row in rows]), []), rows)
+        return judged(self.objective, self.scorer(self.make(rows), []), rows)
+
+    def make(self, rows: Sequence[Row]) -> Clip:
+        return Clip.concatenate([self._clip(*row) for row in rows])
 
     def _clip(self, trial: Guidance, case: int) -> Clip:
         prompt, seed = self.cases[case]

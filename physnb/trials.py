@@ -6,16 +6,17 @@ import json
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 from tqdm import tqdm
 
-from physnb.config import Guidance, LayerSkip, Perturbation, Weak, choose, require
+from physnb.config import Guidance, LayerSkip, OtherModel, Perturbation, Weak, choose, require
 from physnb.store import TrialStore
 from physnb.subjects import Row, Subject
 
@@ -149,7 +150,7 @@ class Trials:
         self.progress, self.on_rows = progress, on_rows
         self.found: dict[Guidance, dict[int, dict[str, float]]] = {}
         self.rows_run, self.seconds, self.pending = 0, 0.0, 0
-        self._identity = json.dumps(subject.identity, sort_keys=True, default=str)
+        self._identities: dict[Guidance, str] = {}
 
     @property
     def cases(self) -> range:
@@ -162,8 +163,29 @@ class Trials:
         return self.seconds / max(1, self.rows_run) * self.pending
 
     def identity(self, trial: Guidance) -> str:
-        """Canonical JSON of all that decides the trial's scores besides the case; equal trials have the same."""
-        return f'{{"guidance": {json.dumps(plain_settings(trial), sort_keys=True)}, "subject": {self._identity}}}'
+        """Canonical JSON of all that decides the trial's scores besides the case; equal trials have the same.
+
+        Of the subject's other networks those count that the trial is guided by.
+        """
+        if trial not in self._identities:
+            subject, others = dict(self.subject.identity), {w.name for _, w in trial.weak if isinstance(w, OtherModel)}
+            if "others" in subject:
+                subject["others"] = {name: key for name, key in subject["others"].items() if name in others}
+            both = dict(guidance=plain_settings(trial), subject=subject)
+            self._identities[trial] = json.dumps(both, sort_keys=True, default=str)
+        return self._identities[trial]
+
+    @contextmanager
+    def twin(self, on_rows: Callable[[Trials], None], batch_size: int) -> Iterator[Trials]:
+        """The same trials for another thread, with a connection of its own to the store; what is found is shared."""
+        store = None if self.store is None else TrialStore(self.store.path)
+        try:
+            twin = Trials(self.subject, store, batch_size=batch_size, progress=False, on_rows=on_rows)
+            twin.found = self.found
+            yield twin
+        finally:
+            if store is not None:
+                store.close()
 
     def scores(
         self, trials: Sequence[Guidance], cases: Sequence[int] | None = None, name: str = "", label: str = "trials"
@@ -190,6 +212,26 @@ class Trials:
             "nothing can be compared; look at one clip, then choose another objective or other cases",
         )
         return table
+
+    def clips(
+        self, trials: Sequence[Guidance], cases: Sequence[int]
+    ) -> dict[Guidance, UInt8[Tensor, "case time height width 3"]]:
+        """The generated clip of every trial on a few cases, for looking at; made once where there is a store."""
+        names = [self.subject.case_names[case] for case in cases]
+        found = {}
+        for trial in dict.fromkeys(trials):
+            there = {} if self.store is None else self.store.read_clips(self.identity(trial), names)
+            wanted = [case for case, name in zip(cases, names, strict=True) if name not in there]
+            for first in range(0, len(wanted), self.batch_size):
+                part = wanted[first : first + self.batch_size]
+                made = self.subject.make([(trial, case) for case in part]).frames
+                new = {self.subject.case_names[case]: frames for case, frames in zip(part, made, strict=True)}
+                if self.store is not None:
+                    identity, name = self.identity(trial), trial_name(trial)
+                    self.store.write_clips((identity, name, case, frames) for case, frames in new.items())
+                there |= new
+            found[trial] = torch.stack([there[name] for name in names])
+        return found
 
     def score_names(self) -> tuple[str, ...]:
         """The scores that the judge gives, as far as any row has been measured."""

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from physnb.config import HeadId, HuntConfig
+from physnb.config import HeadId, HuntConfig, head_set
 from physnb.data import VOCABULARY, Clip, DiscState
 from physnb.data.random import uniform_draws
 from physnb.data.worlds import frame_times, render
@@ -131,3 +131,33 @@ def motion_trials(
     objective = objective_named(objective) if isinstance(objective, str) else objective
     subject = ModelSubject(model, moving_discs(numbers), objective, steps=1, others=others)
     return Trials(subject, progress=False, **settings)
+
+
+class TableSubject:
+    """A subject whose scores are a table made up by a test: one row a head, guided by it alone; no guidance scores 0.
+
+    Sets of heads score the sum of their rows, less the product of `bonus` where all its heads are there.
+    """
+
+    def __init__(self, effects, objective=objective_named("tracking_error"), together=(), part="case"):
+        self.effects, self.objective, self.together = effects, objective, head_set(together)
+        self.heads = head_set([(0, i) for i in range(len(effects))])
+        self.case_names = tuple(f"{part} {i}" for i in range(effects.shape[1]))
+        self.identity = dict(table=effects.tolist())
+        self.rows = []
+
+    def rows_that_fit(self):
+        return 7
+
+    def score(self, rows):
+        self.rows += rows
+        values = []
+        for trial, case in rows:
+            heads = [h for _, weak in trial.weak for h in weak.heads]
+            bonus = -10.0 if self.together and set(self.together) <= set(heads) else 0.0
+            values.append(sum(float(self.effects[h.head, case]) for h in heads) + bonus)
+        return {self.objective.name: torch.tensor(values)}
+
+
+def table_trials(effects, **settings) -> Trials:
+    return Trials(TableSubject(effects, **settings), progress=False)

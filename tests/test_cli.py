@@ -431,7 +431,7 @@ def test_hunt_improves_the_objective_that_is_asked_for(capsys, tmp_path, model_f
     rows = stored_rows(tmp_path / "run")
     chosen_by = rows["subject.judge"].str.startswith(judge)
     assert not rows[chosen_by][objective].isna().any() and rows[~chosen_by][objective].isna().all()
-    assert set(rows[~chosen_by]["subject.judge"]) == {"trajectory@1"}
+    assert set(rows[~chosen_by]["subject.judge"]) == {"trajectory@2"}
 
 
 def test_hunt_races_in_rounds_with_another_perturbation(capsys, tmp_path, model_folder):

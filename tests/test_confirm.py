@@ -20,7 +20,6 @@ from physnb.confirm import (
     mean_gap,
     random_head_sets,
     require_disjoint,
-    strength_surface,
 )
 from physnb.families import heads_of
 from physnb.search import HeadRanking, hunt_heads, measure_effects, rank_heads
@@ -60,7 +59,6 @@ def judging_functions(selection, confirmation, ranking):
         "require_disjoint": lambda: require_disjoint(selection, confirmation),
         "confirm": lambda: confirm(selection, confirmation, HUNT, (PLANTED,)),
         "confirm_heads": lambda: confirm_heads(selection, confirmation, ranking, HUNT, (PLANTED,)),
-        "strength_surface": lambda: strength_surface(selection, confirmation, HUNT, (PLANTED,), [1.0], [1.0]),
     }
 
 
@@ -200,24 +198,9 @@ def test_other_judges_of_the_same_cases_join_the_table():
             confirm(selection, confirmation, MOTION_HUNT, (MOTION_HEAD,), beside=motion_trials(model, others))
 
 
-def test_surface_is_flat_where_guidance_is_off(trials, arms):
-    w, rows = HUNT.weight, trials[1].rows_run
-    strength_surface(*trials, HUNT, (PLANTED,), [0.0, w], [0.0])
-    assert trials[1].rows_run == rows  # nothing is run for what is off
-    surface = strength_surface(*trials, HUNT, (PLANTED,), [0.0, w], [0.0, 0.5, 1.0])
-    assert list(surface) == [(0.0, 0.0), (0.0, 0.5), (0.0, 1.0), (w, 0.0), (w, 0.5), (w, 1.0)]
-    for (weight, strength), arm in surface.items():
-        off = weight == 0 or strength == 0
-        assert (arm.difference("tracking_error").mean == 0) == off
-    assert surface[w, 1.0].name == "w=3 u=1"
-    # the corner is the hunt's own setting
-    assert torch.equal(surface[w, 1.0].values["tracking_error"], arms[-1].values["tracking_error"])
-
-
-@pytest.mark.parametrize("judge", [confirm, lambda *args: strength_surface(*args, [1.0], [1.0])])
-def test_head_that_the_model_lacks_is_named(trials, judge):
+def test_head_that_the_model_lacks_is_named(trials):
     with pytest.raises(ValueError, match="head L7H0 does not exist"):
-        judge(*trials, HUNT, (HeadId(7, 0),))
+        confirm(*trials, HUNT, (HeadId(7, 0),))
 
 
 # --- single heads

@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from subjects_for_tests import TableSubject, table_trials
 
 from physnb.config import HeadId, HuntConfig, head_set
 from physnb.families import attention_layers, heads_of
@@ -58,36 +59,6 @@ def planted_model(make_model):
 @pytest.fixture(scope="module")
 def ranking(planted_model) -> HeadRanking:
     return hunt_heads(trials_of(planted_model), HUNT).ranking
-
-
-class TableSubject:
-    """A subject whose scores are a table made up by a test: one row a head, guided by it alone; no guidance scores 0.
-
-    Sets of heads score the sum of their rows, less the product of `bonus` where all its heads are there.
-    """
-
-    def __init__(self, effects, objective=OBJECTIVES["tracking_error"], together=()):
-        self.effects, self.objective, self.together = effects, objective, head_set(together)
-        self.heads = head_set([(0, i) for i in range(len(effects))])
-        self.case_names = tuple(f"case {i}" for i in range(effects.shape[1]))
-        self.identity = dict(table=effects.tolist())
-        self.rows = []
-
-    def rows_that_fit(self):
-        return 7
-
-    def score(self, rows):
-        self.rows += rows
-        values = []
-        for trial, case in rows:
-            heads = [h for _, weak in trial.weak for h in weak.heads]
-            bonus = -10.0 if self.together and set(self.together) <= set(heads) else 0.0
-            values.append(sum(float(self.effects[h.head, case]) for h in heads) + bonus)
-        return {self.objective.name: torch.tensor(values)}
-
-
-def table_trials(effects, **settings) -> Trials:
-    return Trials(TableSubject(effects, **settings), progress=False)
 
 
 def test_planted_head_is_found_first(ranking):

@@ -298,7 +298,7 @@ def test_trial_store_of_the_first_version_is_refused_and_kept(tmp_path):
         connection.execute("INSERT INTO trials VALUES ('{}', 'uniform/id/0', 0.5)")
         connection.execute("PRAGMA user_version=1")
     before = path.read_bytes()
-    with pytest.raises(ValueError, match=r"trials\.sqlite has schema version 1, not 2; choose another file"):
+    with pytest.raises(ValueError, match=r"trials\.sqlite has schema version 1, not 3; choose another file"):
         TrialStore(path)
     assert path.read_bytes() == before and names(tmp_path) == ["trials.sqlite"]
 
@@ -438,3 +438,30 @@ def test_fingerprint_survives_a_round_trip_and_tells_models_apart(make_model, mo
     assert fingerprint(load_model(same)) == fingerprint(model) != fingerprint(make_model(1))
     assert fingerprint(load_model(change_config(same, noise_shift=1.0))) != fingerprint(model)
     assert re.fullmatch("[0-9a-f]{12}", fingerprint(model))
+
+
+# --- clips
+
+
+FRAMES = torch.randint(0, 255, (3, 4, 5, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def test_clips_come_back_to_the_pixel_and_are_written_once(tmp_path):
+    with TrialStore(tmp_path / "trials.sqlite") as store:
+        store.write_clips([("{}", "unguided", "uniform/0", FRAMES), ("{}", "unguided", "uniform/1", FRAMES[:1])])
+        store.write_clips([("{}", "unguided", "uniform/0", 255 - FRAMES)])
+        found = store.read_clips("{}", ["uniform/0", "uniform/1", "uniform/2"])
+        assert set(found) == {"uniform/0", "uniform/1"} and torch.equal(found["uniform/0"], FRAMES)
+        assert torch.equal(found["uniform/1"], FRAMES[:1])
+        assert store.read_clips("{}", []) == {} == store.read_clips("another", ["uniform/0"])
+        assert len(store.table()) == 0  # a clip that was looked at has no score
+
+
+def test_damaged_clip_is_named(tmp_path):
+    with TrialStore(tmp_path / "trials.sqlite") as store:
+        store.write_clips([("{}", "unguided", "uniform/0", FRAMES)])
+        for column, value in (("frames", b"not zlib"), ("shape", "[3, 4]")):
+            with store.connection:
+                store.connection.execute(f"UPDATE clips SET {column} = ?", (value,))
+            with pytest.raises(ValueError, match=r"clip uniform/0 in .*trials\.sqlite is damaged"):
+                store.read_clips("{}", ["uniform/0"])

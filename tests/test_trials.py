@@ -173,9 +173,47 @@ SUBJECTS = {
     "steps": lambda make: subject_of(make(0), steps=2),
     "solver": lambda make: subject_of(make(0), solver="heun"),
     "frames given": lambda make: subject_of(make(0), frames_given=2),
-    "other networks": lambda make: subject_of(make(0), others=dict(weaker=make(1))),
-    "another other network": lambda make: subject_of(make(0), others=dict(weaker=make(2))),
 }
+
+
+def test_other_networks_count_where_a_trial_is_guided_by_them(make_model, store):
+    away = Guidance(weak=((1.0, OtherModel("weaker")),))
+    first, second = (
+        trials_of(subject_of(make_model(0), others=dict(weaker=make_model(seed), unused=make_model(3))), store)
+        for seed in (1, 2)
+    )
+    alone = trials_of(subject_of(make_model(0)), store)
+    assert first.identity(Guidance()) == second.identity(Guidance()) == alone.identity(Guidance())
+    assert first.identity(away) != second.identity(away)
+    without_unused = trials_of(subject_of(make_model(0), others=dict(weaker=make_model(1))), store)
+    assert first.identity(away) == without_unused.identity(away)
+    alone.scores([Guidance()])
+    first.scores([Guidance(), away])
+    assert first.rows_run == 3  # those of the other network; what it has no part in is there already
+
+
+def test_clips_are_made_once_and_kept_beside_the_scores(make_model, store):
+    trials, guided = trials_of(subject_of(make_model(0)), store), Guidance.from_heads("L0H0", 2.0)
+    found = trials.clips([Guidance(), guided], [0, 2])
+    assert list(found) == [Guidance(), guided] and found[guided].shape == (2, 8, 16, 16, 3)
+    expected = trials.subject.make([(guided, 0), (guided, 2)]).frames
+    assert (found[guided].float() - expected.float()).abs().max() <= 1
+    again = trials_of(subject_of(make_model(0)), store)
+    again.subject.make = None  # whatever is made now would fail
+    kept = again.clips([guided], [2, 0])
+    assert torch.equal(kept[guided], found[guided].flip(0))
+    without = trials_of(subject_of(make_model(0)))
+    assert (without.clips([guided], [0])[guided].float() - found[guided][:1].float()).abs().max() <= 1
+
+
+def test_twin_shares_what_was_found_and_writes_to_the_same_store(make_model, store):
+    trials, seen = trials_of(subject_of(make_model(0)), store), []
+    trials.scores([Guidance()])
+    with trials.twin(lambda twin: seen.append(twin.rows_run), 1) as twin:
+        twin.scores([Guidance(), Guidance.from_heads("L0H0", 2.0)])
+    assert seen == [1, 2, 3] and len(store.table()) == 6
+    trials.scores([Guidance.from_heads("L0H0", 2.0)])
+    assert trials.rows_run == 3
 
 
 def test_rows_of_other_models_judges_seeds_and_settings_never_mix(make_model, store):

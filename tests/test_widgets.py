@@ -4,7 +4,6 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from physnb import widgets
 from physnb.choices import ChoiceStore, design_pairs
 from physnb.data import simulate
 from physnb.widgets import choice_widget, draw_pair
@@ -109,7 +108,7 @@ def test_a_video_that_cannot_be_made_is_reported_and_no_other_pair_is_judged(scr
     def fail(*_, **__):
         raise OSError("no <space> left")
 
-    monkeypatch.setattr(widgets, "write_video", fail)
+    monkeypatch.setattr("physnb.widgets.choosing.write_video", fail)
     screen.press("Left")
     assert screen.error.value == "OSError: no &lt;space&gt; left" and len(store.read()) == 1
     screen.press("Right")  # still the pair on screen, which is judged

@@ -1,0 +1,74 @@
+"""How much guidance: an effect over two settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import seaborn
+from matplotlib.figure import Figure
+
+from physnb.config import require
+from physnb.plots.style import EFFECT_COLOURS, PALETTE, interval_text, new_figure
+
+WEIGHT_AND_STRENGTH = ("guidance weight w (0 = off)", "perturbation strength u (0 = off)", "u")
+
+
+def plot_surface(
+    surface: Mapping[tuple[float, float], Mapping[str, float | None]],
+    label: str,
+    names: tuple[str, str, str] = WEIGHT_AND_STRENGTH,
+) -> Figure:
+    """Left: an effect over two settings, such as weight w and strength u; right: as lines with 95 % intervals.
+
+    names: of the first setting, of the second, and of the second in the legend. Points that are not there stay blank.
+    """
+    first, second = (sorted({key[i] for key in surface}) for i in (0, 1))
+    blank = dict(mean=np.nan, low=np.nan, high=np.nan)
+    rows = [[surface.get((a, b), blank) for a in first] for b in second]
+    mean, low, high = (np.array([[point[k] for point in row] for row in rows], dtype=float) for k in blank)
+    limit = float(np.nanmax(np.abs(mean), initial=0.0)) or 1.0
+    figure, axes = new_figure(10, 3.4, 1, 2)
+    seaborn.heatmap(
+        mean, ax=axes[0, 0], cmap=EFFECT_COLOURS, vmin=-limit, vmax=limit, annot=True, fmt=".2f",
+        xticklabels=[f"{a:g}" for a in first], yticklabels=[f"{b:g}" for b in second], cbar_kws=dict(label=label),
+    )  # fmt: skip
+    axes[0, 0].set(xlabel=names[0], ylabel=names[1])
+    axes[0, 0].invert_yaxis()
+    axes[0, 1].axhline(0, color="black", linewidth=0.8)
+    for number, b in enumerate(second):
+        shift = 0.02 * (number - len(second) / 2) * (max(first) or 1)
+        axes[0, 1].errorbar(
+            np.array(first) + shift, mean[number], color=PALETTE[number % 10], marker="o", markersize=3, capsize=2,
+            yerr=np.abs([mean[number] - low[number], high[number] - mean[number]]), label=f"{names[2]} = {b:g}",
+        )  # fmt: skip
+    axes[0, 1].set(xlabel=names[0], ylabel=label)
+    axes[0, 1].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def plot_surfaces(
+    surfaces: Mapping[str, Mapping[tuple[float, float], Mapping[str, float | None]]],
+    units: Mapping[str, str],
+    names: tuple[str, str, str] = WEIGHT_AND_STRENGTH,
+) -> Figure:
+    """Effects of several metrics over the same two settings: mean and 95 % interval in every cell."""
+    require(len(surfaces) > 0, "there is no surface to draw")
+    down = -(-len(surfaces) // 2)
+    figure, axes = new_figure(12, 2.9 * down, down, 2)
+    for axis in axes.flat[len(surfaces) :]:
+        axis.set_axis_off()
+    for axis, (metric, surface) in zip(axes.flat, surfaces.items(), strict=False):
+        first, second = (sorted({key[i] for key in surface}) for i in (0, 1))
+        rows = [[surface.get((a, b)) for a in first] for b in second]
+        means = np.array([[np.nan if p is None or p["mean"] is None else p["mean"] for p in row] for row in rows])
+        texts = [[interval_text(p) for p in row] for row in rows]
+        limit = float(np.nanmax(np.abs(means), initial=0.0)) or 1.0
+        seaborn.heatmap(
+            means, ax=axis, cmap=EFFECT_COLOURS, vmin=-limit, vmax=limit, annot=texts, fmt="",
+            annot_kws=dict(fontsize=7), xticklabels=[f"{a:g}" for a in first], yticklabels=[f"{b:g}" for b in second],
+        )  # fmt: skip
+        axis.set_title(f"{metric.replace('_', ' ')} minus unguided ({units[metric]})", fontsize=9)
+        axis.set(xlabel=names[0], ylabel=names[1].split(" (")[0])
+        axis.invert_yaxis()
+    return figure

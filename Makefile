@@ -2,17 +2,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PRESET ?= quick
+ANALYSIS_CASES ?= 8
 
 .PHONY: run test lab bench check
 
 run: .venv/installed ## all numbered notebooks at PRESET, and outputs/<run>/report.html
-	$(BIN)/python -m physnb run --preset $(PRESET)
+	$(BIN)/python -m physnb run --preset $(PRESET) -p analysis_cases=$(ANALYSIS_CASES)
 
 test: .venv/ray ## lint, tests, and the notebooks at their defaults
 	PATH="$(CURDIR)/$(BIN):$$PATH" tests/check.sh
 
 lab: .venv/installed ## JupyterLab at the first notebook
-	$(BIN)/jupyter lab notebooks/00_start_here.ipynb
+	$(BIN)/jupyter lab --ServerApp.root_dir=. notebooks/00_start_here.ipynb
 
 bench: .venv/installed ## simulator and training step against what one would use instead
 	$(BIN)/python -m physnb bench sim

@@ -35,6 +35,7 @@ from physnb.model import VideoDiT
 ClipScorer = Callable[[Clip, Sequence[int]], Mapping[str, Scores]]  # generated clips of cases number ...
 Others = Mapping[str, VideoDiT] | None  # networks that OtherModel guidance names
 ModelScorer = Callable[[VideoDiT, Sequence[Guidance], Sequence[int], Others], Mapping[str, Scores]]
+RESTORE = 6.0  # a disc at a sixth of its shade still counts as there
 LOSS_LEVELS = 3  # noise levels of the preference objective; ten, as elsewhere, order heads no better for their price
 
 
@@ -113,6 +114,22 @@ def prepare_trajectory(cases: Clip | None, frames_given: int, seed: int) -> Clip
     return score
 
 
+def prepare_restored(cases: Clip | None, frames_given: int, seed: int) -> ClipScorer:
+    """The true motion once more, of discs that are brought back to full shade before they are looked for.
+
+    Guidance strengthens contrast, and a faded disc that is found again looks like a disc that was kept. Here all
+    clips, guided or not, have their discs restored, so what is left of a difference is not contrast.
+    """
+    cases = simulated("trajectory", cases)
+
+    def score(generated: Clip, rows: Sequence[int]) -> dict[str, Scores]:
+        true = cases[list(rows)]
+        found = metric_trajectory(generated, true, frames_given=frames_given, restore=RESTORE)
+        return {f"{name}/restored": replace(value, name=f"{name}/restored") for name, value in found.items()}
+
+    return score
+
+
 def prepare_physics_iq(cases: Clip | None, frames_given: int, seed: int) -> ClipScorer:
     """Physics-IQ beside a second take of every case, measured once."""
     cases = simulated("Physics-IQ", cases)
@@ -154,6 +171,7 @@ def prepare_preference(cases: Clip | None, frames_given: int, seed: int) -> Mode
 
 
 TRAJECTORY = Judge("trajectory", prepare_trajectory, version=2)
+RESTORED = Judge("trajectory_restored", prepare_restored)
 PHYSICS_IQ = Judge("physics_iq", prepare_physics_iq)
 ANSWERS = Judge("answers", prepare_answers)
 REWARD = Judge("reward", prepare_reward)
@@ -171,6 +189,7 @@ OBJECTIVES = {
         Objective("position_error", TRAJECTORY, "units"),  # given presence: read missing_rate beside it
         Objective("velocity_error", TRAJECTORY, "units/s"),
         Objective("missing_rate", TRAJECTORY, "share"),  # a frozen disc is there: for asking what keeps discs alone
+        Objective("tracking_error/restored", RESTORED, "units"),  # blind to contrast
         Objective("physics_iq_verified", PHYSICS_IQ, "points", lower_is_better=False),
         Objective("physics_iq_raw", PHYSICS_IQ, "points", lower_is_better=False),
         Objective("answer_agreement", ANSWERS, "share", lower_is_better=False),

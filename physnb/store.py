@@ -215,8 +215,9 @@ CREATE TABLE IF NOT EXISTS clips (
         rows = [(self.key(identity), identity, name, case, scores) for identity, name, case, scores in rows]
         trials = {(key, identity, name) for key, identity, name, _, _ in rows}
         scored = [
-            (key, case, json.dumps({n: None if v != v else v for n, v in s.items()})) for key, _, _, case, s in rows
-        ]
+            (key, case, json.dumps({n: None if v != v else float(f"{v:.9g}") for n, v in s.items()}))
+            for key, _, _, case, s in rows
+        ]  # 9 digits tell every float32 from its neighbours
         with self._named(), self.connection:
             self.connection.executemany("INSERT OR IGNORE INTO trials VALUES (?, ?, ?)", sorted(trials))
             self.connection.executemany(

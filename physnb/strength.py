@@ -9,16 +9,21 @@ tune                          each method's best setting, chosen on selection ca
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
+
+from torch import Tensor
 
 from physnb.config import Guidance, HeadSet, HuntConfig, LayerSkip, OtherModel, require
 from physnb.confirm import METRIC_UNITS, ArmResult, best_layer, layer_heads, random_head_sets, require_disjoint
+from physnb.metrics.colour import stretch_contrast
 from physnb.search import check_subject_heads
 from physnb.statistics import Estimate, paired_difference
+from physnb.subjects import ModelSubject
 from physnb.trials import Trials
 
 SURFACE_UNITS = METRIC_UNITS | {"oversaturation": "share"}
+RESTORED_UNITS = {f"{metric}/restored": unit for metric, unit in METRIC_UNITS.items()}  # blind to contrast
 Key = TypeVar("Key", bound=Hashable)
 Point = tuple[float, float]  # weight w and strength u, or first and last step as shares of the sampling
 
@@ -49,10 +54,12 @@ def interval_grid(guidance: Guidance, steps: int) -> dict[Point, Guidance]:
 def measure_arms(
     trials: Trials, arms: Mapping[Key, Guidance], cases: Sequence[int] | None = None, label: str = "strength"
 ) -> dict[Key, ArmResult]:
-    """Every metric of SURFACE_UNITS that the subject's judge gives, of every arm and of no guidance, case by case."""
+    """The subject's judge on every arm and on no guidance, case by case: SURFACE_UNITS or RESTORED_UNITS."""
     trials.scores([Guidance(), *arms.values()], cases, label=label)  # all at once, in full batches
     objective = trials.subject.objective.name
-    names = dict.fromkeys([*(name for name in SURFACE_UNITS if name in trials.score_names()), objective])
+    names = dict.fromkeys(
+        [*(name for name in SURFACE_UNITS | RESTORED_UNITS if name in trials.score_names()), objective]
+    )
 
     def values(trial: Guidance) -> dict:
         return {name: trials.scores([trial], cases, name=name)[0] for name in names}
@@ -174,3 +181,37 @@ def tune(
     best = {name: min(((name, setting) for setting in found), key=promise) for name, found in methods.items()}
     arms = measure_arms(confirmation, {name: flat[key] for name, key in best.items()}, label="confirm")
     return [TunedMethod(name, key[1], flat[key], tried[key], arms[name]) for name, key in best.items()]
+
+
+def contrast_arms(trials: Trials, gains: Sequence[float], cases: Sequence[int] | None = None) -> dict[float, ArmResult]:
+    """The unguided clips after `metrics.colour.stretch_contrast`, by gain, against what they were.
+
+    A control of the picture rather than of the motion: a faded disc that counts as missing is found again, and nothing
+    moves. The gain is what a painter could do, with no model and no head. Values beyond black are cut off.
+    """
+    subject = trials.subject
+    require(isinstance(subject, ModelSubject), "contrast to a white ground is that of the simulated worlds")
+    cases = list(trials.cases if cases is None else cases)
+    unguided = trials.clips([Guidance()], cases)[Guidance()]
+
+    def values(gain: float) -> dict[str, Tensor]:
+        found = subject.scorer(stretch_contrast(replace(subject.cases[cases], frames=unguided), gain), cases)
+        return {name: scores.values for name, scores in found.items() if name in SURFACE_UNITS}
+
+    plain = values(1.0)
+    return {gain: ArmResult(f"contrast x {gain:g}", values(gain), plain) for gain in gains}
+
+
+def tune_contrast(
+    selection: Trials, confirmation: Trials, gains: Sequence[float], cases: Sequence[int] | None = None
+) -> TunedMethod:
+    """The gain of `contrast_arms` that does best on `cases` of the selection, measured on the confirmation cases.
+
+    Raises ValueError if the two share a case.
+    """
+    require_disjoint(selection, confirmation)
+    objective, sign = selection.subject.objective.name, selection.subject.objective.sign
+    tried = {gain: arm.difference(objective) for gain, arm in contrast_arms(selection, gains, cases).items()}
+    best = min(gains, key=lambda gain: sign * tried[gain].mean)
+    arm = contrast_arms(confirmation, [best])[best]
+    return TunedMethod("contrast alone", f"x {best:g}", Guidance(), tried[best], arm)

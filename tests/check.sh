@@ -12,6 +12,7 @@ settings=$(mktemp -d)
 trap 'rm -rf "$settings"' EXIT
 export IPYTHONDIR="$settings/ipython" MPLCONFIGDIR="$settings/matplotlib"
 
+tests/chromium.sh
 python -m pytest -q
 python -m pytest -q --nbval notebooks --nbval-current-env --nbval-cell-timeout 300 \
   --nbval-sanitize-with tests/sanitize.cfg -p no:cacheprovider

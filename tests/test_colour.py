@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from physnb.data import Clip, simulate
-from physnb.metrics.colour import frame_saturation, oversaturation
+from physnb.metrics.colour import frame_saturation, oversaturation, stretch_contrast
 
 
 @pytest.fixture(scope="module")
@@ -54,3 +54,12 @@ def test_other_clips_are_refused(true):
         oversaturation(true, true[:2])
     with pytest.raises(ValueError, match="frames given must be in"):
         oversaturation(true, true, frames_given=8)
+
+
+def test_stretched_contrast_darkens_what_is_faint_and_nothing_else():
+    frames = torch.tensor([255, 254, 215, 100], dtype=torch.uint8).reshape(1, 1, 2, 2, 1).repeat(1, 1, 1, 1, 3)
+    clip = Clip(frames=frames, captions=("",), scenarios=("",), buckets=("id",), indices=torch.zeros(1))
+    assert stretch_contrast(clip, 3.0).frames[0, 0, ..., 0].flatten().tolist() == [255, 252, 135, 0]
+    assert torch.equal(stretch_contrast(clip, 1.0).frames, frames) and frames.min() == 100
+    with pytest.raises(ValueError, match="must be positive"):
+        stretch_contrast(clip, 0.0)

@@ -48,7 +48,7 @@ ALLOWED = {  # data and metrics are one module each; `__init__` is what `import 
     "executors": "config memory subjects trials",
     "search": "config objectives statistics store trials",
     "confirm": "config search statistics trials",
-    "strength": "config confirm search statistics trials",
+    "strength": "config confirm metrics search statistics subjects trials",
     "profiles": "config flow search statistics subjects trials",
     "contributions": "config search statistics trials",
     "transfer": "config confirm model profiles search statistics store subjects trials",

@@ -167,8 +167,12 @@ def rows_of(store, identity=IDENTITY, **scores_by_case):
     store.write((identity, "a trial", case, scores) for case, scores in scores_by_case.items())
 
 
-def test_scores_survive_a_round_trip_to_the_bit_with_nan(tmp_path):
-    third = float(torch.tensor(1 / 3))  # what a float32 is as a Python float
+def test_scores_survive_a_round_trip_to_the_bit_of_float32_with_nan(tmp_path):
+    values = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 10.0 ** torch.arange(-20, 20).repeat(25)
+    with TrialStore(tmp_path / "many.sqlite") as store:
+        rows_of(store, x={str(number): value for number, value in enumerate(values.tolist())})
+        assert torch.equal(torch.tensor(list(store.read(IDENTITY)["x"].values())), values)
+    third = 0.333333343  # the float32 next to a third, in the digits that tell it from its neighbours
     with TrialStore(tmp_path / "new" / "trials.sqlite") as store:
         rows_of(store, x=dict(a=0.1, b=math.nan), y=dict(a=1e-300, b=third))
         rows_of(store, OTHER, x=dict(a=5.0, b=0.0))

@@ -8,7 +8,9 @@ from physnb.config import Guidance, HeadId, HuntConfig, LayerSkip, OtherModel
 from physnb.confirm import ArmResult
 from physnb.objectives import objective_named
 from physnb.strength import (
+    RESTORED_UNITS,
     SURFACE_UNITS,
+    contrast_arms,
     describe_surface,
     effects_of,
     interval_grid,
@@ -16,6 +18,7 @@ from physnb.strength import (
     method_settings,
     saturation_weight,
     tune,
+    tune_contrast,
     weight_grid,
 )
 from physnb.trials import Trials
@@ -148,3 +151,28 @@ def test_real_clips_give_every_metric_of_a_surface():
     assert list(values) == list(SURFACE_UNITS) and all(len(v) == 2 for v in values.values())
     assert arms[1.0, 1.0].difference("tracking_error").mean < 0
     assert not math.isnan(arms[1.0, 1.0].difference("oversaturation").mean)
+
+
+def test_contrast_alone_finds_faded_discs_again_and_moves_nothing():
+    selection, fresh = (motion_trials(motion_model(), range(n, n + 4)) for n in (0, 10))
+    arms = contrast_arms(selection, [1.0, 1.5])
+    assert set(arms[1.0].values) == set(SURFACE_UNITS)
+    assert all(arms[1.0].difference(metric).mean == 0 for metric in SURFACE_UNITS)
+    burnt = arms[1.5].difference("oversaturation")
+    assert burnt.mean > 0
+    tuned = tune_contrast(selection, fresh, [1.0, 1.5])
+    best = min((1.0, 1.5), key=lambda gain: arms[gain].difference("tracking_error").mean)
+    assert (
+        tuned.setting == f"x {best:g}" and tuned.guidance == Guidance() and len(tuned.arm.values["tracking_error"]) == 4
+    )
+    with pytest.raises(ValueError, match="used both to choose and to confirm"):
+        tune_contrast(selection, selection, [1.5])
+    with pytest.raises(ValueError, match="simulated worlds"):
+        contrast_arms(Trials(DialSubject("selection"), progress=False), [1.5])
+
+
+def test_judge_blind_to_contrast_gives_the_same_metrics_under_names_of_their_own():
+    trials = motion_trials(motion_model(), range(3), "tracking_error/restored")
+    arms = measure_arms(trials, weight_grid(MOTION_HUNT, (MOTION_HEAD,), [1.0], [1.0]))
+    assert list(arms[1.0, 1.0].values) == list(RESTORED_UNITS)
+    assert arms[1.0, 1.0].difference("tracking_error/restored").mean < 0  # this head does move discs

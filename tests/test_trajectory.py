@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from physnb.data import FRAME_STEP_S, WORLD_SIZE, Clip, DiscState, render, simulate
 from physnb.data.worlds import frame_times
 from physnb.metrics import Scores, metric_trajectory, parse_discs
+from physnb.metrics.colour import stretch_contrast
 from physnb.metrics.trajectory import bucket_table
 
 GIVEN = 3
@@ -340,3 +341,39 @@ def test_any_frames_give_numbers_or_reasons_in_any_order(seed, scenario, height)
         assert not score.values.isinf().any() and not (score.values < 0).any(), name
     assert 0 <= found["missing_rate"].values.nan_to_num(0).max() <= 1
     assert torch.equal(made.frames, before)
+
+
+# --- faded discs
+
+
+def faded(clip, share: float):
+    """The clip with its contrast to the white ground cut to `share`, after the start frames."""
+    frames = clip.frames.float()
+    frames[:, 3:] = 255 - share * (255 - frames[:, 3:])
+    return replace(clip, frames=frames.round().byte())
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.2])
+def test_restored_discs_are_there_and_in_place_however_faded(share):
+    true = simulate("collision", "id", range(6), frames=16, size=32, seed=5)
+    pale = faded(true, share)
+    plain, restored = metric_trajectory(pale, true), metric_trajectory(pale, true, restore=6.0)
+    assert restored["missing_rate"].values.max() == 0
+    assert restored["tracking_error"].values.max() < 0.05
+    if share < 0.25:
+        assert plain["missing_rate"].values.min() == 1  # which is what contrast alone can do to the plain metric
+
+
+def test_restoring_does_not_invent_discs():
+    true = simulate("uniform", "id", range(4), frames=16, size=32, seed=5)
+    empty, ghost = faded(true, 0.0), faded(true, 0.01)  # nothing, and two grey levels
+    for clip in (empty, ghost):
+        assert metric_trajectory(clip, true, restore=6.0)["missing_rate"].values.min() == 1
+
+
+def test_contrast_changes_nothing_about_a_restored_clip():
+    true = simulate("parabola", "id", range(6), frames=16, size=32, seed=7)
+    pale = faded(true, 0.3)
+    stretched = metric_trajectory(stretch_contrast(pale, 2.0), true, restore=6.0)
+    for name, found in metric_trajectory(pale, true, restore=6.0).items():
+        torch.testing.assert_close(found.values, stretched[name].values, atol=0.02, rtol=0, equal_nan=True)

@@ -1,6 +1,8 @@
-"""Where guidance burns: colours stronger than the truth's."""
+"""Colour and contrast: where guidance burns, and what is left once contrast no longer matters."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -38,3 +40,13 @@ def oversaturation(generated: Clip, true: Clip, *, frames_given: int = 3) -> Sco
     mine, truth = (frame_saturation(clip.frames[:, frames_given:]) for clip in (generated, true))
     excess = torch.where(truth > 0, (mine - truth).clamp(min=0) / truth, torch.nan).nanmean(1)
     return scores("oversaturation", "share", excess, "the true clip has no colour")
+
+
+def stretch_contrast(clips: Clip, gain: float) -> Clip:
+    """The clips with their contrast to the white ground stretched: a value x becomes 255 - gain (255 - x), cut at 0.
+
+    Raises ValueError for a gain that is not positive.
+    """
+    require(0 < gain < float("inf"), f"the gain of contrast must be positive, got {gain}")
+    frames = (255 - gain * (255 - clips.frames.float())).clamp(0, 255).round().byte()
+    return replace(clips, frames=frames)

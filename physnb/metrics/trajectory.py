@@ -42,27 +42,35 @@ class ParsedDiscs:
         return (self.areas / torch.pi).sqrt()
 
 
-def disc_shades(frames: UInt8[Tensor, "*frames height width 3"]) -> Float[Tensor, "*frames disc height width"]:
+def disc_shades(
+    frames: UInt8[Tensor, "*frames height width 3"], restore: float = 1.0
+) -> Float[Tensor, "*frames disc height width"]:
     """How much of each pixel is red (disc 0) or blue (disc 1), in [0, 1].
 
     A colour's excess over the other two channels, with 10 % cut from either end so that faint noise counts nothing.
+    restore: before the cut, the largest excess of each frame and colour is brought to 1 by at most this factor.
     """
     red, green, blue = (plane.contiguous() for plane in frames.unbind(-1))
     shade = torch.empty(*red.shape[:-2], 2, *red.shape[-2:], device=frames.device)
     for disc, (own, others) in enumerate(((red, torch.maximum(green, blue)), (blue, torch.maximum(red, green)))):
         shade.select(-3, disc).copy_(own).div_(255).sub_(others.float().div_(255))
+    if restore > 1:
+        shade *= (1 / shade.amax((-1, -2), keepdim=True).clamp(min=1e-9)).clamp(max=restore)
     return shade.sub_(0.1).div_(0.8).clamp_(0, 1)
 
 
-def parse_discs(frames: UInt8[Tensor, "batch time height width 3"]) -> ParsedDiscs:
-    """Sub-pixel centres and areas of the red and the blue disc: shade-weighted moments, pixel i at (i + 1/2) / W."""
+def parse_discs(frames: UInt8[Tensor, "batch time height width 3"], *, restore: float = 1.0) -> ParsedDiscs:
+    """Sub-pixel centres and areas of the red and the blue disc: shade-weighted moments, pixel i at (i + 1/2) / W.
+
+    restore: by what factor at most a faded disc is brought back to full shade; see `disc_shades`.
+    """
     height, width = frames.shape[2:4]
     require(height > 0 and width > 0, f"frames of {width} x {height} pixels show nothing to parse")
     column = (torch.arange(width) + 0.5) / width * WORLD_SIZE
     row = WORLD_SIZE - (torch.arange(height) + 0.5) / height * WORLD_SIZE
     found = []
     for part in frames.flatten(0, 1).split(max(1, CHUNK_PIXELS // (height * width))):
-        shade = disc_shades(part)
+        shade = disc_shades(part, restore)
         moments = shade.sum((-1, -2)), (shade.sum(-2) * column).sum(-1), (shade.sum(-1) * row).sum(-1)
         found.append(torch.stack(moments))
     total, x, y = torch.cat(found, dim=1).unflatten(1, frames.shape[:2])
@@ -116,7 +124,9 @@ def check_pair(generated: Clip, true: Clip, frames_given: int) -> DiscState:
     return true.state
 
 
-def metric_trajectory(generated: Clip, true: Clip, *, frames_given: int = 3, mode: str = "clean") -> dict[str, Scores]:
+def metric_trajectory(
+    generated: Clip, true: Clip, *, frames_given: int = 3, mode: str = "clean", restore: float = 1.0
+) -> dict[str, Scores]:
     """Scores of each clip by name; all are better when lower. Judged where the true disc is wholly inside the box.
 
     clean, presence:
@@ -134,6 +144,8 @@ def metric_trajectory(generated: Clip, true: Clip, *, frames_given: int = 3, mod
         objective. A change in it can come from discs that vanish less as well as from discs that move better; only
         missing_rate and position_error beside it can tell which.
 
+    restore: as of `parse_discs`; above 1 a disc is there however faded it is, so that contrast decides nothing.
+
     compat: the quantities of phyworld, under the names in `trajectory_compat.QUANTITIES`.
 
     Raises ValueError for clips that do not match, lack a true state, or leave too few frames.
@@ -143,7 +155,7 @@ def metric_trajectory(generated: Clip, true: Clip, *, frames_given: int = 3, mod
     choose("mode", mode, MODES)
     if mode == "compat":
         return score_as_phyworld(generated.frames, state, frames_given)
-    parsed = parse_discs(generated.frames)
+    parsed = parse_discs(generated.frames, restore=restore)
     true_area = torch.pi * state.radii[:, None] ** 2
     seen = parsed.areas >= PRESENT_AREA * true_area
     anchored = state.inside.clone()

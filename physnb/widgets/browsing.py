@@ -11,8 +11,6 @@ from matplotlib.figure import Figure
 
 from physnb.plots import figure_png
 
-WIDE = "1180px"  # what a notebook shows in a window of 1280
-
 
 def picture(value: Figure | bytes) -> bytes:
     """PNG bytes of a figure; bytes stay as they are."""
@@ -36,7 +34,7 @@ class View:
         self.draw, self.paused = draw, False
         self.sentence = ipywidgets.HTML()
         self.sentence.add_class("physnb-sentence")
-        self.pictures = [ipywidgets.Image(format="png", layout={"max_width": WIDE}) for _ in range(pictures)]
+        self.pictures = [ipywidgets.Image(format="png", layout={"max_width": "100%"}) for _ in range(pictures)]
 
     def update(self, _=None) -> None:
         if self.paused:

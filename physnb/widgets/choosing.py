@@ -31,7 +31,7 @@ def _video_html(clips: Mapping[str, UInt8[Tensor, "time height width 3"]], pair:
         data = write_video(Path(folder) / "pair.mp4", sides, fps=fps, scale=scale).read_bytes()
     source = "data:video/mp4;base64," + base64.b64encode(data).decode()
     label = "Left and right clip side by side, playing in a loop"
-    return f'<video autoplay loop muted playsinline controls aria-label="{label}" src="{source}"></video>'
+    return f'<video autoplay loop muted playsinline aria-label="{label}" src="{source}"></video>'
 
 
 def choice_widget(

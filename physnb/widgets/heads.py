@@ -158,8 +158,8 @@ def browse_heads(
         heads.listeners.append(view.update)
         view.update()
     action = long_action("Measure this head", measure, "Its effect by noise level, split and strength, where not known")
-    right = ipywidgets.VBox([effects.sentence, *effects.pictures, action])
-    top, controls = ipywidgets.HBox([heads.box, right]), ipywidgets.HBox([clip, step, play])
-    box = ipywidgets.VBox([top, controls, looks.sentence, *looks.pictures, film.sentence, *film.pictures])
+    controls = ipywidgets.HBox([clip, step, play], layout={"flex_flow": "row wrap"})
+    shown = [effects.sentence, *effects.pictures, action, controls, looks.sentence, *looks.pictures]
+    box = ipywidgets.VBox([heads.box, *shown, film.sentence, *film.pictures])
     box.add_class("physnb-browser")
     return box

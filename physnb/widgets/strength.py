@@ -137,6 +137,7 @@ def browse_strength(
     view.follow([metric, case, w, u])
     view.update()
     rows = [[metric, case], [w, u], [new_w, new_u, action]]
-    box = ipywidgets.VBox([*(ipywidgets.HBox(row) for row in rows), view.sentence, *view.pictures])
+    wrapped = [ipywidgets.HBox(row, layout={"flex_flow": "row wrap"}) for row in rows]
+    box = ipywidgets.VBox([*wrapped, view.sentence, *view.pictures])
     box.add_class("physnb-browser")
     return box

@@ -260,10 +260,10 @@ def write_trials(path, writer, done):
 
 
 def test_writers_at_once_of_which_one_is_killed_lose_nothing_and_write_nothing_twice(tmp_path):
-    path, fork = tmp_path / "trials.sqlite", multiprocessing.get_context("fork")
-    pipes = [fork.Pipe(duplex=False) for _ in range(2)]
+    path, spawn = tmp_path / "trials.sqlite", multiprocessing.get_context("spawn")  # a fork inherits locks of threads
+    pipes = [spawn.Pipe(duplex=False) for _ in range(2)]
     processes = [
-        fork.Process(target=write_trials, args=(path, writer, pipe[1]), daemon=True)
+        spawn.Process(target=write_trials, args=(path, writer, pipe[1]), daemon=True)
         for writer, pipe in enumerate(pipes)
     ]
     try:

@@ -38,9 +38,11 @@ def plot_surface(
     axes[0, 1].axhline(0, color="black", linewidth=0.8)
     for number, b in enumerate(second):
         shift = 0.02 * (number - len(second) / 2) * (max(first) or 1)
+        known = ~np.isnan(mean[number])  # a line goes on over a point that is not there
+        places, middle, bottom, top = (v[known] for v in (np.array(first), mean[number], low[number], high[number]))
         axes[0, 1].errorbar(
-            np.array(first) + shift, mean[number], color=PALETTE[number % 10], marker="o", markersize=3, capsize=2,
-            yerr=np.abs([mean[number] - low[number], high[number] - mean[number]]), label=f"{names[2]} = {b:g}",
+            places + shift, middle, color=PALETTE[number % 10], marker="o", markersize=3, capsize=2,
+            yerr=np.abs([middle - bottom, top - middle]), label=f"{names[2]} = {b:g}",
         )  # fmt: skip
     axes[0, 1].set(xlabel=names[0], ylabel=label)
     axes[0, 1].legend(frameon=False, fontsize=8)

@@ -34,7 +34,8 @@ class View:
         self.draw, self.paused = draw, False
         self.sentence = ipywidgets.HTML()
         self.sentence.add_class("physnb-sentence")
-        self.pictures = [ipywidgets.Image(format="png", layout={"max_width": "100%"}) for _ in range(pictures)]
+        layout = {"max_width": "100%", "align_self": "flex-start"}  # as large as drawn, where there is room
+        self.pictures = [ipywidgets.Image(format="png", layout=layout) for _ in range(pictures)]
 
     def update(self, _=None) -> None:
         if self.paused:

@@ -62,7 +62,14 @@ def start_lab(project: Path, scratch: Path) -> Iterator[str]:
     # A researcher's kernel uses all cores; the tests' own thread count is not theirs.
     inherited = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     command = [str(Path(sys.executable).parent / "jupyter"), "lab", "--ServerApp.root_dir=.", INDEX]
-    options = ["--no-browser", "--allow-root", "--ServerApp.port=0", "--ServerApp.ip=127.0.0.1", "--IdentityProvider.token=", "--LabApp.news_url=None"]
+    options = [
+        "--no-browser",
+        "--allow-root",
+        "--ServerApp.port=0",
+        "--ServerApp.ip=127.0.0.1",
+        "--IdentityProvider.token=",
+        "--LabApp.news_url=None",
+    ]
     log = scratch / "server.log"
     with log.open("w") as output:
         server = subprocess.Popen(

@@ -153,7 +153,7 @@ def test_clip_surface_and_sentence_follow_the_sliders(instrument):
     assert Image.open(io.BytesIO(film)).n_frames == 6
     control(box, "guidance weight w").value = 0.0
     assert sentences(box)[0].startswith(
-        "tracking_error at w = 0, u = 1: +0.000 against unguided, 95 % interval [+0.000"
+        "tracking_error at w = 0, u = 1: +0.000 units against unguided, 95 % interval [+0.000"
     )
     assert pictures(box)[0] != film and pictures(box)[1] != surface
     control(box, "metric").value = "missing_rate"

@@ -11,7 +11,7 @@ from physnb.confirm import ArmResult
 from physnb.metrics import parse_discs
 from physnb.pictures import draw_film, draw_frame, encode_png
 from physnb.plots import cell_boxes, figure_pixels, plot_surface
-from physnb.strength import Point, effects_of, measure_arms, weight_grid
+from physnb.strength import SURFACE_UNITS, Point, effects_of, measure_arms, weight_grid
 from physnb.trials import Trials
 from physnb.widgets.actions import Report, long_action
 from physnb.widgets.browsing import View, labelled
@@ -105,8 +105,9 @@ def browse_strength(
         place = list(cases if cases is not None else trials.cases)
         own = surfaces.arms[point]
         this = [float(v[metric.value][place.index(case.value)]) for v in (own.baseline, own.values)]
+        unit = SURFACE_UNITS.get(metric.value, trials.subject.objective.unit)
         return (
-            f"{metric.value} at {where}: {effect['mean']:+.3f} against unguided, 95 % interval "
+            f"{metric.value} at {where}: {effect['mean']:+.3f} {unit} against unguided, 95 % interval "
             f"[{effect['low']:+.3f}, {effect['high']:+.3f}], {effect['judged']} cases; this clip: "
             f"{this[0]:.2f} unguided, {this[1]:.2f} guided."
         ), [film, surface]

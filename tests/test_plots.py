@@ -34,7 +34,7 @@ def texts(axis) -> list[str]:
 def test_surface_has_a_cell_a_point_and_a_line_a_strength():
     heat, lines, *_ = plot_surface(SURFACE, "tracking error").axes
     assert texts(heat) == ["0.00", "-0.50", "-1.00", "0.00", "-1.00", "-2.00"]  # w across, u upwards
-    assert heat.yaxis_inverted() is False and [t.get_text() for t in heat.get_yticklabels()] == ["0.5", "1"]
+    assert not heat.yaxis_inverted() and [t.get_text() for t in heat.get_yticklabels()] == ["0.5", "1"]
     assert [t.get_text() for t in lines.get_legend().get_texts()] == ["u = 0.5", "u = 1"]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 from collections.abc import Mapping, Sequence
 
 import cv2
@@ -61,33 +60,35 @@ def draw_film(
     for name, frames in clips.items():
         panel = np.asarray(frames).repeat(scale, axis=1).repeat(scale, axis=2)
         panel = np.pad(panel, ((0, 0), (LABEL_HEIGHT, 0), (0, GAP), (0, 0)), constant_values=255)
+        label = np.full_like(panel[0, :LABEL_HEIGHT], 255)
+        panel[:, :LABEL_HEIGHT] = cv2.putText(label, name, (2, LABEL_HEIGHT - 7), FONT, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
+        drawn = [(_places(paths[o], rows * scale), pixel_colour(o)) for o in dict.fromkeys((truth, name)) if o in paths]
         for number, picture in enumerate(panel):
-            cv2.putText(picture, name, (2, LABEL_HEIGHT - 7), FONT, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
             inside = picture[LABEL_HEIGHT:, : columns * scale]
             cv2.rectangle(inside, (0, 0), (columns * scale - 1, rows * scale - 1), (190, 190, 190), 1)
-            for owner in dict.fromkeys((truth, name)):
-                if owner in paths:
-                    _draw_paths(inside, paths[owner], number, pixel_colour(owner))
+            for places, colour in drawn:
+                _draw_path(inside, places, number, colour)
         panels.append(panel)
     return np.ascontiguousarray(np.concatenate(panels, axis=2))
 
 
-def _draw_paths(picture: np.ndarray, path: Float[Tensor, "time disc 2"], frame: int, colour: tuple) -> None:
+def _places(path: Float[Tensor, "time disc 2"], size: int) -> Float[np.ndarray, "disc time 2"]:
+    """World units to sixteenths of a pixel, as OpenCV wants them: right and down from the upper left corner."""
+    places = np.asarray(path) * np.array([size, -size]) / WORLD_SIZE + np.array([0, size])
+    return np.moveaxis(16 * places, 1, 0)
+
+
+def _draw_path(picture: np.ndarray, places: Float[np.ndarray, "disc time 2"], frame: int, colour: tuple) -> None:
     """Lines along each disc's centres, broken where it is missing, and a dot at the present frame."""
-    height, width, _ = picture.shape
-    scale = np.array([width, -height]) / WORLD_SIZE
-    places = np.asarray(path) * scale + np.array([0, height])
-    for disc in np.moveaxis(places, 1, 0):
-        for start, end in itertools.pairwise(disc):
-            if np.isfinite([*start, *end]).all():
-                cv2.line(picture, _point(start), _point(end), colour, 1, cv2.LINE_AA, shift=4)
-        if np.isfinite(disc[frame]).all():
-            cv2.circle(picture, _point(disc[frame]), 4 << 4, colour, -1, cv2.LINE_AA, shift=4)
-
-
-def _point(place: Sequence[float]) -> tuple[int, int]:
-    """A place as OpenCV wants it, in sixteenths of a pixel."""
-    return round(16 * float(place[0])), round(16 * float(place[1]))
+    known = np.isfinite(places).all(-1)
+    for disc, seen in zip(places, known, strict=True):
+        breaks = np.flatnonzero(np.diff(seen.astype(int))) + 1
+        runs = [run for run in np.split(np.arange(len(disc)), breaks) if seen[run[0]]]
+        lines = [disc[run].round().astype(np.int32) for run in runs]
+        cv2.polylines(picture, lines, False, colour, 1, cv2.LINE_AA, shift=4)
+        if seen[frame]:
+            x, y = disc[frame].round().astype(int).tolist()
+            cv2.circle(picture, (x, y), 4 << 4, colour, -1, cv2.LINE_AA, shift=4)
 
 
 def draw_frame(picture: UInt8[np.ndarray, "height width 3"], box: Sequence[float]) -> UInt8[np.ndarray, "h w 3"]:

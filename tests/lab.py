@@ -196,14 +196,19 @@ class Notebook:
         self.page.get_by_role("menuitem", name="Run", exact=True).click()
         self.page.get_by_role("menuitem", name=re.compile("^Run All Cells")).click()
 
-    def run_cells(self, *numbers: int) -> None:
-        """Run some cells by keyboard and wait for each; numbers count all cells of the notebook from 0."""
+    def run_cells(self, *numbers: int, seconds: float = 120.0) -> None:
+        """Run some cells by keyboard and wait for each; numbers count all cells of the notebook from 0.
+
+        Stored outputs are cleared before, and with them the prompts: a quick cell's new prompt may equal the old one.
+        """
+        self.page.get_by_role("menuitem", name="Edit", exact=True).click()
+        self.page.get_by_role("menuitem", name="Clear Outputs of All Cells", exact=True).click()
         for number in numbers:
             cell = self.panel.locator(".jp-Cell").nth(number)
+            expect(cell.locator(".jp-InputPrompt")).to_have_text("[ ]:")
             cell.locator(".cm-content").click()
             self.page.keyboard.press("Control+Enter")
-            expect(cell.locator(".jp-InputPrompt")).to_have_text("[*]:")
-            self.wait_until_idle()
+            expect(cell.locator(".jp-InputPrompt")).to_have_text(re.compile(r"\[\d+\]:"), timeout=1000 * seconds)
 
     def wait_until_idle(self, *, seconds: float = 180.0) -> None:
         """Return when no cell runs or waits any more."""

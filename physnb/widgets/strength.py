@@ -24,7 +24,7 @@ class Films:
 
     def __init__(self, trials: Trials, cases: Sequence[int]):
         self.trials, self.cases = trials, list(cases)
-        self.true = trials.subject.cases.frames[self.cases]
+        self.true, self.drawn = trials.subject.cases.frames[self.cases], {}
         self.clips = trials.clips([Guidance()], self.cases)
 
     def load(self, guidances: Sequence[Guidance]) -> None:
@@ -34,6 +34,11 @@ class Films:
 
     def __call__(self, guidance: Guidance, case: int, name: str = "guided") -> bytes:
         """A PNG animation of the case; `name` of the guided panel decides its colour."""
+        if (guidance, case, name) not in self.drawn:
+            self.drawn[guidance, case, name] = self._draw(guidance, case, name)
+        return self.drawn[guidance, case, name]
+
+    def _draw(self, guidance: Guidance, case: int, name: str) -> bytes:
         self.load([guidance])
         place = self.cases.index(case)
         shown = {"true": self.true[place], "unguided": self.clips[Guidance()][place], name: self.clips[guidance][place]}

@@ -117,7 +117,9 @@ def browse_heads(
     step = labelled(
         ipywidgets.IntSlider(min=0, max=last, value=last // 2, description="query: the disc at time"), "460px"
     )
-    play = ipywidgets.Play(min=0, max=last, interval=500, description="Play", tooltip="Move the query along the path")
+    play = ipywidgets.Play(
+        min=0, max=last, value=last // 2, interval=500, description="Play", tooltip="Move the query along the path"
+    )
     ipywidgets.jslink((play, "value"), (step, "value"))
 
     def draw_effects() -> tuple[str, list[Figure]]:

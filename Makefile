@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PRESET ?= quick
-ANALYSIS_CASES ?= 8
+ANALYSIS_CASES ?= 6
 
 .PHONY: run test lab bench check
 

@@ -295,9 +295,10 @@ class HuntConfig:
             require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
         self.guidance(())  # refuses a weight, strength, kind or axis out of range
 
-    def guidance(self, heads: HeadSet) -> Guidance:
-        """Guidance away from the model whose `heads` are broken."""
-        return Guidance.from_heads(heads, self.weight, self.strength, kind=self.kind, axis=self.axis)
+    def guidance(self, heads: HeadSet, weight: float | None = None, strength: float | None = None) -> Guidance:
+        """Guidance away from the model whose `heads` are broken; weight, strength: if not the hunt's own."""
+        w, u = self.weight if weight is None else weight, self.strength if strength is None else strength
+        return Guidance.from_heads(heads, w, u, kind=self.kind, axis=self.axis)
 
 
 @dataclass(frozen=True)

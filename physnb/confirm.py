@@ -6,7 +6,7 @@ and raises where they meet.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -112,11 +112,16 @@ def metric_units(trials: Trials) -> dict[str, str]:
     return METRIC_UNITS | {objective.name: objective.unit}
 
 
-def arm_values(trials: Trials, guidances: Sequence[Guidance], label: str = "confirm") -> dict[str, Tensor]:
-    """Every table metric of the subject's judge, and its objective, averaged over the guidances case by case."""
-    names = [name for name in METRIC_UNITS if name in trials.score_names()] or [trials.subject.objective.name]
+def arm_values(
+    trials: Trials,
+    guidances: Sequence[Guidance],
+    cases: Sequence[int] | None = None,
+    metrics: Iterable[str] = METRIC_UNITS,
+) -> dict[str, Float[Tensor, " case"]]:
+    """Those of `metrics` that the subject's judge gives, and its objective: means over the guidances by case."""
+    names = [name for name in metrics if name in trials.score_names()]
     names = dict.fromkeys([*names, trials.subject.objective.name])
-    return {name: trials.scores(guidances, name=name, label=label).nanmean(0) for name in names}
+    return {name: trials.scores(guidances, cases, name=name, label="confirm").nanmean(0) for name in names}
 
 
 def confirm(

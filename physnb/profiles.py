@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from jaxtyping import Float
 from torch import Tensor
@@ -26,6 +27,11 @@ def cases_by_scenario(trials: Trials, a_scenario: int | None = None) -> dict[str
     return {scenario: numbers[:a_scenario] for scenario, numbers in found.items()}
 
 
+def first_cases(trials: Trials, a_scenario: int | None = None) -> list[int]:
+    """The same numbers in one list, scenario after scenario."""
+    return [number for numbers in cases_by_scenario(trials, a_scenario).values() for number in numbers]
+
+
 def measure_profiles(
     trials: Mapping[str, Trials],
     hunt: HuntConfig,
@@ -44,29 +50,24 @@ def measure_profiles(
     heads = check_subject_heads(first, heads)
     subject = first.subject
     levels = sampling_levels(subject.solver, subject.steps, subject.model.config.noise_shift)
-    groups = cases_by_scenario(first, a_scenario)
-    cases = [number for numbers in groups.values() for number in numbers]
-    place = {case: column for column, case in enumerate(cases)}
+    cases = first_cases(first, a_scenario)
     asked: dict[tuple[HeadId, str, str], Guidance] = {}
     for head in heads:
-        whole = hunt.guidance((head,))
         for step, level in enumerate(levels):
             share = dict(start=step / len(levels), stop=(step + 1) / len(levels))
-            asked[head, "noise level", f"{level:.3f}"] = Guidance(weak=whole.weak, **share)
+            asked[head, "noise level", f"{level:.3f}"] = replace(hunt.guidance((head,)), **share)
         for u in strengths:
-            form = dict(kind=hunt.kind, axis=hunt.axis)
-            asked[head, "strength u", f"{u:g}"] = Guidance.from_heads((head,), hunt.weight, u, **form)
-    together = [*asked.values(), *(hunt.guidance((head,)) for head in heads)]
-    effects = measure_effects(first, together, cases, label="profiles")
+            asked[head, "strength u", f"{u:g}"] = hunt.guidance((head,), strength=u)
     found = {head: {"noise level": {}, "scenario": {}, "split": {}, "strength u": {}} for head in heads}
-    for (head, by, at), effect in zip(asked, effects, strict=False):
+    for (head, by, at), effect in zip(asked, measure_effects(first, [*asked.values()], cases, "profiles"), strict=True):
         found[head][by][at] = bootstrap_mean(effect)
-    for head, effect in zip(heads, effects[len(asked) :], strict=True):
-        for scenario, numbers in groups.items():
-            found[head]["scenario"][scenario] = bootstrap_mean(effect[[place[number] for number in numbers]])
-    for split, other in trials.items():
-        for head, effect in zip(heads, split_effects(other, hunt, heads, a_scenario), strict=True):
-            found[head]["split"][split] = bootstrap_mean(effect)
+    whole = {split: split_effects(other, hunt, heads, a_scenario) for split, other in trials.items()}
+    scenarios = [first.subject.cases.scenarios[case] for case in cases]
+    for number, head in enumerate(heads):
+        for scenario in dict.fromkeys(scenarios):
+            own = [name == scenario for name in scenarios]
+            found[head]["scenario"][scenario] = bootstrap_mean(next(iter(whole.values()))[number][own])
+        found[head]["split"] = {split: bootstrap_mean(effects[number]) for split, effects in whole.items()}
     return found
 
 
@@ -82,8 +83,8 @@ def split_effects(
     trials: Trials, hunt: HuntConfig, heads: Sequence[HeadId], a_scenario: int | None
 ) -> Float[Tensor, "head case"]:
     """Effect of each head alone on the first `a_scenario` cases of every scenario of a split."""
-    cases = [number for numbers in cases_by_scenario(trials, a_scenario).values() for number in numbers]
-    return measure_effects(trials, [hunt.guidance((head,)) for head in heads], cases, label="splits")
+    guidances = [hunt.guidance((head,)) for head in heads]
+    return measure_effects(trials, guidances, first_cases(trials, a_scenario), label="splits")
 
 
 def profile_rows(profiles: Mapping[HeadId, Profile]) -> list[dict]:

@@ -11,7 +11,7 @@ on selection cases, and judged by `physnb.confirm` on others.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,11 +67,7 @@ class HeadRanking:
 
     def layer_map(self) -> Float[Tensor, "layer head"]:
         """Mean effects as a layer x head table."""
-        shape = (max(h.layer for h in self.heads) + 1, max(h.head for h in self.heads) + 1)
-        table = torch.full(shape, torch.nan)
-        for head, effect in zip(self.heads, self.effects.nanmean(1), strict=True):
-            table[head.layer, head.head] = effect
-        return table
+        return head_table(dict(zip(self.heads, self.effects.nanmean(1), strict=True)), self.heads)
 
     def to_rows(self) -> list[dict]:
         """One dict a head, most helpful first: head, estimate, and p of a mean below 0, alone and for all heads.
@@ -85,6 +81,15 @@ class HeadRanking:
             for head, estimate, alone, corrected in columns
         }
         return [rows[head] for head in self.order()]
+
+
+def head_table(values: Mapping[HeadId, float], heads: HeadSet) -> Float[Tensor, "layer head"]:
+    """One number a head as a layer x head table as large as `heads` need, NaN where there is none."""
+    shape = (max(head.layer for head in heads) + 1, max(head.head for head in heads) + 1)
+    table = torch.full(shape, torch.nan)
+    for head, value in values.items():
+        table[head.layer, head.head] = value
+    return table
 
 
 def effects_so_far(trials: Trials, guide: Guide, heads: HeadSet) -> HeadRanking:
@@ -175,12 +180,17 @@ def measure_effects(
 
 
 def rank_heads(
-    trials: Trials, guide: Guide, heads: Sequence[HeadId] | None = None, *, kept: HeadSet = ()
+    trials: Trials,
+    guide: Guide,
+    heads: Sequence[HeadId] | None = None,
+    *,
+    kept: HeadSet = (),
+    cases: Sequence[int] | None = None,
 ) -> HeadRanking:
-    """The effect of every head, broken together with `kept`, on all cases; heads in `kept` are left out."""
+    """The effect of every head, broken together with `kept`, on `cases` (default: all); `kept` ones are left out."""
     pool = tuple(head for head in check_subject_heads(trials, heads) if head not in kept)
     require(len(pool) > 0, "no head is left to rank")
-    effects = measure_effects(trials, [guide(head_set((*kept, head))) for head in pool], label="hunt")
+    effects = measure_effects(trials, [guide(head_set((*kept, head))) for head in pool], cases, label="hunt")
     return HeadRanking(pool, effects, trials.subject.objective, kept)
 
 

@@ -10,7 +10,7 @@ import shutil
 import sqlite3
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -210,19 +210,24 @@ CREATE TABLE IF NOT EXISTS clips (
         """The trial that a canonical JSON text stands for."""
         return hashlib.sha256(identity.encode()).hexdigest()[:20]
 
+    def _insert(self, rows: Iterable[tuple[str, str, str, Any]], into: str, pack: Callable[[Any], tuple]) -> None:
+        """Rows of (identity, name, case, value) with their trials, in one transaction; what is there already stays."""
+        rows = [(self.key(identity), identity, name, case, value) for identity, name, case, value in rows]
+        packed = [(key, case, *pack(value)) for key, _, _, case, value in rows]
+        with self._named(), self.connection:
+            self.connection.executemany(
+                "INSERT OR IGNORE INTO trials VALUES (?, ?, ?)", sorted({row[:3] for row in rows})
+            )
+            self.connection.executemany(f"INSERT OR IGNORE INTO {into}", packed)
+
     def write(self, rows: Iterable[tuple[str, str, str, Mapping[str, float]]]) -> None:
         """Rows of (identity, name, case, scores), in one transaction."""
-        rows = [(self.key(identity), identity, name, case, scores) for identity, name, case, scores in rows]
-        trials = {(key, identity, name) for key, identity, name, _, _ in rows}
-        scored = [
-            (key, case, json.dumps({n: None if v != v else float(f"{v:.9g}") for n, v in s.items()}))
-            for key, _, _, case, s in rows
-        ]  # 9 digits tell every float32 from its neighbours
-        with self._named(), self.connection:
-            self.connection.executemany("INSERT OR IGNORE INTO trials VALUES (?, ?, ?)", sorted(trials))
-            self.connection.executemany(
-                "INSERT OR IGNORE INTO scores (trial, case_name, scores) VALUES (?, ?, ?)", scored
-            )
+
+        def pack(scores: Mapping[str, float]) -> tuple[str]:
+            # 9 digits tell every float32 from its neighbours
+            return (json.dumps({n: None if v != v else float(f"{v:.9g}") for n, v in scores.items()}),)
+
+        self._insert(rows, "scores (trial, case_name, scores) VALUES (?, ?, ?)", pack)
 
     def read(self, identity: str) -> dict[str, dict[str, float]]:
         """The scores of a trial by case, NaN where a case could not be judged."""
@@ -236,14 +241,11 @@ CREATE TABLE IF NOT EXISTS clips (
 
     def write_clips(self, rows: Iterable[tuple[str, str, str, UInt8[Tensor, "time height width 3"]]]) -> None:
         """Rows of (identity, name, case, frames), in one transaction; a clip that is there already stays."""
-        rows = [(self.key(identity), identity, name, case, frames) for identity, name, case, frames in rows]
-        packed = [
-            (key, case, json.dumps(list(frames.shape)), zlib.compress(frames.contiguous().numpy().tobytes()))
-            for key, _, _, case, frames in rows
-        ]
-        with self._named(), self.connection:
-            self.connection.executemany("INSERT OR IGNORE INTO trials VALUES (?, ?, ?)", {row[:3] for row in rows})
-            self.connection.executemany("INSERT OR IGNORE INTO clips VALUES (?, ?, ?, ?)", packed)
+
+        def pack(frames: UInt8[Tensor, "time height width 3"]) -> tuple[str, bytes]:
+            return json.dumps(list(frames.shape)), zlib.compress(frames.contiguous().numpy().tobytes())
+
+        self._insert(rows, "clips VALUES (?, ?, ?, ?)", pack)
 
     def read_clips(self, identity: str, cases: Sequence[str]) -> dict[str, UInt8[Tensor, "time height width 3"]]:
         """The clips of a trial that are there, by case; raises ValueError for one that is damaged."""

@@ -8,6 +8,7 @@ tune                          each method's best setting, chosen on selection ca
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -15,7 +16,15 @@ from typing import TypeVar
 from torch import Tensor
 
 from physnb.config import Guidance, HeadSet, HuntConfig, LayerSkip, OtherModel, require
-from physnb.confirm import METRIC_UNITS, ArmResult, best_layer, layer_heads, random_head_sets, require_disjoint
+from physnb.confirm import (
+    METRIC_UNITS,
+    ArmResult,
+    arm_values,
+    best_layer,
+    layer_heads,
+    random_head_sets,
+    require_disjoint,
+)
 from physnb.metrics.colour import stretch_contrast
 from physnb.search import check_subject_heads
 from physnb.statistics import Estimate, paired_difference
@@ -32,9 +41,8 @@ def weight_grid(
     hunt: HuntConfig, heads: HeadSet, weights: Sequence[float], strengths: Sequence[float]
 ) -> dict[Point, Guidance]:
     """The trial of every (weight w, strength u); one of 0 is no guidance at all."""
-    form = dict(kind=hunt.kind, axis=hunt.axis)
     return {
-        (float(w), float(u)): Guidance() if w == 0 or u == 0 else Guidance.from_heads(heads, w, u, **form)
+        (float(w), float(u)): Guidance() if w == 0 or u == 0 else hunt.guidance(heads, w, u)
         for u in strengths
         for w in weights
     }
@@ -43,9 +51,8 @@ def weight_grid(
 def interval_grid(guidance: Guidance, steps: int) -> dict[Point, Guidance]:
     """The same guidance in every run of neighbouring steps, by (start, stop) as shares of the sampling."""
     require(steps > 0, f"steps must be positive, got {steps}")
-    settings = {name: getattr(guidance, name) for name in ("text_weight", "weak", "rescale", "parallel")}
     return {
-        (first / steps, last / steps): Guidance(**settings, start=first / steps, stop=last / steps)
+        (first / steps, last / steps): replace(guidance, start=first / steps, stop=last / steps)
         for first in range(steps)
         for last in range(first + 1, steps + 1)
     }
@@ -56,16 +63,11 @@ def measure_arms(
 ) -> dict[Key, ArmResult]:
     """The subject's judge on every arm and on no guidance, case by case: SURFACE_UNITS or RESTORED_UNITS."""
     trials.scores([Guidance(), *arms.values()], cases, label=label)  # all at once, in full batches
-    objective = trials.subject.objective.name
-    names = dict.fromkeys(
-        [*(name for name in SURFACE_UNITS | RESTORED_UNITS if name in trials.score_names()), objective]
-    )
-
-    def values(trial: Guidance) -> dict:
-        return {name: trials.scores([trial], cases, name=name)[0] for name in names}
-
-    baseline = values(Guidance())
-    return {key: ArmResult(str(key), values(trial), baseline) for key, trial in arms.items()}
+    metrics = SURFACE_UNITS | RESTORED_UNITS
+    baseline = arm_values(trials, [Guidance()], cases, metrics)
+    return {
+        key: ArmResult(str(key), arm_values(trials, [trial], cases, metrics), baseline) for key, trial in arms.items()
+    }
 
 
 def effects_of(arms: Mapping[Key, ArmResult]) -> dict[str, dict[Key, dict]]:
@@ -146,8 +148,8 @@ def method_settings(
     weights = [w for w in weights if w != 0]
     grid = weight_grid(hunt, heads, weights, [u for u in strengths if u != 0])
     by_weight = {
-        f"{len(heads)} random heads": lambda w: Guidance.from_heads(random, w, kind=hunt.kind, axis=hunt.axis),
-        f"best layer, L{layer}": lambda w: Guidance.from_heads(whole, w, kind=hunt.kind, axis=hunt.axis),
+        f"{len(heads)} random heads": lambda w: hunt.guidance(random, w, 1.0),
+        f"best layer, L{layer}": lambda w: hunt.guidance(whole, w, 1.0),
         f"SEG, L{layer}": lambda w: Guidance.from_heads(whole, w, kind="mean_query"),
         f"skip, L{layer}": lambda w: Guidance(weak=((w, LayerSkip((layer,))),)),
         "CFG": lambda w: Guidance(text_weight=w),
@@ -156,6 +158,11 @@ def method_settings(
     settings = {name: {f"w = {w:g}": guided(w) for w in weights} for name, guided in by_weight.items()}
     hunted = {f"w = {w:g}, u = {u:g}": guidance for (w, u), guidance in grid.items()}
     return settings | {f"{len(heads)} hunted heads": hunted}
+
+
+def most_helpful(tried: Mapping[Key, Estimate], sign: int) -> Key:
+    """The setting with the lowest mean, after turning by the objective's sign; one that nothing could judge is last."""
+    return min(tried, key=lambda key: math.inf if math.isnan(tried[key].mean) else sign * tried[key].mean)
 
 
 def tune(
@@ -173,12 +180,10 @@ def tune(
     flat = {(name, setting): trial for name, found in methods.items() for setting, trial in found.items()}
     objective, sign = selection.subject.objective.name, selection.subject.objective.sign
     tried = {key: arm.difference(objective) for key, arm in measure_arms(selection, flat, cases, "tune").items()}
-
-    def promise(key: tuple[str, str]) -> float:
-        mean = sign * tried[key].mean
-        return float("inf") if mean != mean else mean
-
-    best = {name: min(((name, setting) for setting in found), key=promise) for name, found in methods.items()}
+    best = {
+        name: most_helpful({(name, setting): tried[name, setting] for setting in found}, sign)
+        for name, found in methods.items()
+    }
     arms = measure_arms(confirmation, {name: flat[key] for name, key in best.items()}, label="confirm")
     return [TunedMethod(name, key[1], flat[key], tried[key], arms[name]) for name, key in best.items()]
 
@@ -212,6 +217,6 @@ def tune_contrast(
     require_disjoint(selection, confirmation)
     objective, sign = selection.subject.objective.name, selection.subject.objective.sign
     tried = {gain: arm.difference(objective) for gain, arm in contrast_arms(selection, gains, cases).items()}
-    best = min(gains, key=lambda gain: sign * tried[gain].mean)
+    best = most_helpful(tried, sign)
     arm = contrast_arms(confirmation, [best])[best]
     return TunedMethod("contrast alone", f"x {best:g}", Guidance(), tried[best], arm)

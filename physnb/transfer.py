@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from physnb.config import HeadSet, HuntConfig, head_set, require
+from physnb.config import HeadSet, HuntConfig, require
 from physnb.confirm import random_head_sets, require_disjoint
 from physnb.model import VideoDiT
-from physnb.profiles import cases_by_scenario
-from physnb.search import head_names, measure_effects
+from physnb.profiles import cases_by_scenario, first_cases
+from physnb.search import head_names, measure_effects, rank_heads
 from physnb.statistics import Estimate, bootstrap_mean, paired_difference
 from physnb.store import TrialStore
 from physnb.subjects import simulated_subject
@@ -63,8 +62,7 @@ def simulated_condition(model: VideoDiT, hunt: HuntConfig, store: TrialStore | N
     """
     parts = [simulated_subject(model, hunt, part) for part in ("selection", "confirmation")]
     selection, confirmation = (Trials(part, store) for part in parts)
-    counts = zip((selection, confirmation), (a_scenario, 3 * a_scenario), strict=True)
-    cases = [[n for part in cases_by_scenario(trials, count).values() for n in part] for trials, count in counts]
+    cases = first_cases(selection, a_scenario), first_cases(confirmation, 3 * a_scenario)
     return Condition(selection, confirmation, *cases)
 
 
@@ -85,12 +83,7 @@ def scenario_conditions(whole: Condition) -> dict[str, Condition]:
 
 def choose_heads(condition: Condition, hunt: HuntConfig, k: int) -> HeadSet:
     """The k heads that help most alone on the condition's selection cases."""
-    heads = condition.selection.subject.heads
-    require(1 <= k <= len(heads), f"top k must be in [1, {len(heads)}], got {k}")
-    guidances = [hunt.guidance((head,)) for head in heads]
-    effects = measure_effects(condition.selection, guidances, condition.selection_cases, label="transfer")
-    order = effects.nanmean(1).nan_to_num(nan=torch.inf).argsort(stable=True)[:k]
-    return head_set([heads[number] for number in order.tolist()])
+    return rank_heads(condition.selection, hunt.guidance, cases=condition.selection_cases).top(k)
 
 
 def measure_transfer(conditions: Mapping[str, Condition], hunt: HuntConfig, k: int) -> list[Transfer]:
@@ -104,8 +97,9 @@ def measure_transfer(conditions: Mapping[str, Condition], hunt: HuntConfig, k: i
     known = next(iter(every.values()))
     odd = [name for name, heads in every.items() if heads != known]
     require(not odd, f"{', '.join(odd)}: a model with other layers and heads; transfer is between models of one shape")
+    random = random_head_sets(known, k, 1, hunt.seed)[0]  # refuses a k that no condition could choose
     chosen = {name: choose_heads(condition, hunt, k) for name, condition in conditions.items()}
-    sets = chosen | {"random heads": random_head_sets(known, k, 1, hunt.seed)[0]}
+    sets = chosen | {"random heads": random}
     found: dict[tuple[str, str], Float[Tensor, " case"]] = {}
     for name, condition in conditions.items():
         trials, cases = condition.confirmation, condition.confirmation_cases

@@ -217,21 +217,21 @@ class Trials:
         self, trials: Sequence[Guidance], cases: Sequence[int]
     ) -> dict[Guidance, UInt8[Tensor, "case time height width 3"]]:
         """The generated clip of every trial on a few cases, for looking at; made once where there is a store."""
-        names = [self.subject.case_names[case] for case in cases]
-        found = {}
-        for trial in dict.fromkeys(trials):
-            there = {} if self.store is None else self.store.read_clips(self.identity(trial), names)
-            wanted = [case for case, name in zip(cases, names, strict=True) if name not in there]
-            for first in range(0, len(wanted), self.batch_size):
-                part = wanted[first : first + self.batch_size]
-                made = self.subject.make([(trial, case) for case in part]).frames
-                new = {self.subject.case_names[case]: frames for case, frames in zip(part, made, strict=True)}
-                if self.store is not None:
-                    identity, name = self.identity(trial), trial_name(trial)
-                    self.store.write_clips((identity, name, case, frames) for case, frames in new.items())
-                there |= new
-            found[trial] = torch.stack([there[name] for name in names])
-        return found
+        names = {case: self.subject.case_names[case] for case in cases}
+        found = {trial: {} for trial in trials}
+        if self.store is not None:
+            found = {trial: self.store.read_clips(self.identity(trial), [*names.values()]) for trial in found}
+        rows = [(trial, case) for trial, there in found.items() for case in names if names[case] not in there]
+        for first in range(0, len(rows), self.batch_size):
+            chunk = rows[first : first + self.batch_size]
+            made = list(zip(chunk, self.subject.make(chunk).frames, strict=True))
+            for (trial, case), frames in made:
+                found[trial][names[case]] = frames
+            if self.store is not None:
+                self.store.write_clips(
+                    (self.identity(t), trial_name(t), names[case], frames) for (t, case), frames in made
+                )
+        return {trial: torch.stack([there[names[case]] for case in cases]) for trial, there in found.items()}
 
     def score_names(self) -> tuple[str, ...]:
         """The scores that the judge gives, as far as any row has been measured."""

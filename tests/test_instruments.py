@@ -15,10 +15,10 @@ from physnb.analysis import attention_maps
 from physnb.families import heads_of
 from physnb.plots import effect_colours
 from physnb.profiles import measure_profiles, scenario_profiles
-from physnb.search import rank_heads
+from physnb.search import head_table, rank_heads
 from physnb.store import TrialStore
 from physnb.strength import measure_arms, weight_grid
-from physnb.widgets import HeadMap, browse, browse_heads, browse_strength, head_table, long_action
+from physnb.widgets import HeadMap, browse, browse_heads, browse_strength, long_action
 
 WEIGHTS, STRENGTHS = [0.0, 1.0, 2.0], [0.5, 1.0]
 

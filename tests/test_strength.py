@@ -43,7 +43,7 @@ class DialSubject:
 
     def score(self, rows):
         dials = [sum(w * getattr(weak, "strength", 1.0) for w, weak in g.weak) for g, _ in rows]
-        dial, luck = torch.tensor(dials), LUCK[[case for _, case in rows]]
+        dial, luck = torch.tensor(dials, dtype=torch.float), LUCK[[case for _, case in rows]]
         missing = (dial > 3).float()
         return dict(tracking_error=5 + (dial - 2) ** 2 + luck * dial, missing_rate=missing, oversaturation=0 * dial)
 

@@ -2,7 +2,6 @@
 
 from physnb.plots.clips import check_video_path, plot_clips, plot_trajectories, side_by_side, write_video
 from physnb.plots.heads import (
-    plot_attention,
     plot_contributions,
     plot_head_maps,
     plot_picture,
@@ -34,7 +33,6 @@ __all__ = [
     "interval_text",
     "method_colour",
     "new_figure",
-    "plot_attention",
     "plot_clips",
     "plot_contributions",
     "plot_correlations",

@@ -12,7 +12,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from physnb.config import HeadSet, require
-from physnb.plots.style import EFFECT_COLOURS, PALETTE, SHARE_COLOURS, interval_text, new_figure
+from physnb.plots.style import EFFECT_COLOURS, PALETTE, colour_limit, colour_scale, interval_text, new_figure
 
 
 def plot_head_maps(maps: Mapping[str, Float[Tensor, "layer head"]], chosen: HeadSet = (), columns: int = 3) -> Figure:
@@ -28,34 +28,13 @@ def plot_head_maps(maps: Mapping[str, Float[Tensor, "layer head"]], chosen: Head
         axis.set_axis_off()
     for axis, (name, table) in zip(axes.flat, maps.items(), strict=False):
         values = np.asarray(table)
-        limit = float(np.nanmax(np.abs(values), initial=0.0)) or 1.0
-        signed = bool((values < 0).any())
-        style = dict(cmap=EFFECT_COLOURS, vmin=-limit) if signed else dict(cmap=SHARE_COLOURS, vmin=0)
-        seaborn.heatmap(values, ax=axis, vmax=limit, linewidths=0.3, **style)
+        colours, low, high = colour_scale(values)
+        seaborn.heatmap(values, ax=axis, cmap=colours, vmin=low, vmax=high, linewidths=0.3)
         for layer, head in chosen:
             axis.add_patch(Rectangle((head, layer), 1, 1, fill=False, edgecolor="black", linewidth=1.5))
         axis.set_title(name, fontsize=9)
         axis.set(xlabel="head", ylabel="layer")
         axis.tick_params(labelsize=7)
-    return figure
-
-
-def plot_attention(weights: Float[Tensor, "time height width"], query: tuple[int, int, int], frames=None) -> Figure:
-    """Where one query token looks: one panel a token row of time, brighter is more; the query is framed in red.
-
-    frames: a clip [time, height, width, 3] to draw underneath, its frames spread over the token grid's time axis.
-    """
-    values = np.asarray(weights)
-    figure, axes = new_figure(1.35 * len(values), 1.7, 1, len(values))
-    for time, axis in enumerate(axes[0]):
-        extent = (-0.5, values.shape[2] - 0.5, values.shape[1] - 0.5, -0.5)
-        if frames is not None:
-            axis.imshow(frames[time * len(frames) // len(values)], extent=extent, alpha=0.5)
-        axis.imshow(values[time], cmap="viridis", vmin=0, vmax=values.max(), alpha=0.7, extent=extent)
-        axis.set(xticks=[], yticks=[], title=f"t = {time}")
-        if time == query[0]:
-            corner = (query[2] - 0.5, query[1] - 0.5)
-            axis.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="red", linewidth=2))
     return figure
 
 
@@ -117,7 +96,7 @@ def plot_transfer(rows: Sequence[Mapping], label: str) -> Figure:
     effects = {(row["hunted_on"], row["tested_on"]): row["effect"] for row in rows}
     means = np.array([[effects[s, t]["mean"] for t in targets] for s in sources], dtype=float)
     texts = [[interval_text(effects[s, t]) for t in targets] for s in sources]
-    limit = float(np.nanmax(np.abs(means), initial=0.0)) or 1.0
+    limit = colour_limit(means)
     figure, axes = new_figure(1.45 * len(targets) + 2.6, 0.62 * len(sources) + 1.2)
     seaborn.heatmap(
         means, ax=axes[0, 0], cmap=EFFECT_COLOURS, vmin=-limit, vmax=limit, annot=texts, fmt="", linewidths=0.5,

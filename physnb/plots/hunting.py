@@ -13,7 +13,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from physnb.config import HeadSet, require
-from physnb.plots.style import EFFECT_COLOURS, METHOD_COLOURS, method_colour, new_figure
+from physnb.plots.style import EFFECT_COLOURS, METHOD_COLOURS, colour_limit, method_colour, new_figure
 
 
 def plot_head_map(table: Float[Tensor, "layer head"], chosen: HeadSet = (), label: str = "effect") -> Figure:
@@ -21,7 +21,7 @@ def plot_head_map(table: Float[Tensor, "layer head"], chosen: HeadSet = (), labe
     values = np.asarray(table)
     layers, heads = values.shape
     figure, axes = new_figure(0.62 * heads + 2.2, 0.5 * layers + 1.2)
-    limit = float(np.nanmax(np.abs(values))) or 1.0
+    limit = colour_limit(values)
     seaborn.heatmap(
         values, ax=axes[0, 0], cmap=EFFECT_COLOURS, vmin=-limit, vmax=limit, annot=True, fmt=".2f",
         annot_kws=dict(fontsize=7), cbar_kws=dict(label=label), linewidths=0.5, square=False,

@@ -9,13 +9,21 @@ import seaborn
 from matplotlib.figure import Figure
 
 from physnb.config import require
-from physnb.plots.style import EFFECT_COLOURS, PALETTE, interval_text, new_figure
+from physnb.plots.style import EFFECT_COLOURS, PALETTE, colour_limit, interval_text, new_figure
 
+Surface = Mapping[tuple[float, float], Mapping[str, float | None]]
+BLANK = dict(mean=None, low=None, high=None)  # a point that is not there
 WEIGHT_AND_STRENGTH = ("guidance weight w (0 = off)", "perturbation strength u (0 = off)", "u")
 
 
+def grid_of(surface: Surface) -> tuple[list[float], list[float], list[list[Mapping[str, float | None]]]]:
+    """All values of the first and of the second setting, and the points, one row a second setting."""
+    first, second = (sorted({key[i] for key in surface}) for i in (0, 1))
+    return first, second, [[surface.get((a, b), BLANK) for a in first] for b in second]
+
+
 def plot_surface(
-    surface: Mapping[tuple[float, float], Mapping[str, float | None]],
+    surface: Surface,
     label: str,
     names: tuple[str, str, str] = WEIGHT_AND_STRENGTH,
 ) -> Figure:
@@ -23,11 +31,9 @@ def plot_surface(
 
     names: of the first setting, of the second, and of the second in the legend. Points that are not there stay blank.
     """
-    first, second = (sorted({key[i] for key in surface}) for i in (0, 1))
-    blank = dict(mean=np.nan, low=np.nan, high=np.nan)
-    rows = [[surface.get((a, b), blank) for a in first] for b in second]
-    mean, low, high = (np.array([[point[k] for point in row] for row in rows], dtype=float) for k in blank)
-    limit = float(np.nanmax(np.abs(mean), initial=0.0)) or 1.0
+    first, second, rows = grid_of(surface)
+    mean, low, high = (np.array([[point[k] for point in row] for row in rows], dtype=float) for k in BLANK)
+    limit = colour_limit(mean)
     figure, axes = new_figure(10, 3.4, 1, 2)
     seaborn.heatmap(
         mean, ax=axes[0, 0], cmap=EFFECT_COLOURS, vmin=-limit, vmax=limit, annot=True, fmt=".2f",
@@ -50,7 +56,7 @@ def plot_surface(
 
 
 def plot_surfaces(
-    surfaces: Mapping[str, Mapping[tuple[float, float], Mapping[str, float | None]]],
+    surfaces: Mapping[str, Surface],
     units: Mapping[str, str],
     names: tuple[str, str, str] = WEIGHT_AND_STRENGTH,
 ) -> Figure:
@@ -61,11 +67,10 @@ def plot_surfaces(
     for axis in axes.flat[len(surfaces) :]:
         axis.set_axis_off()
     for axis, (metric, surface) in zip(axes.flat, surfaces.items(), strict=False):
-        first, second = (sorted({key[i] for key in surface}) for i in (0, 1))
-        rows = [[surface.get((a, b)) for a in first] for b in second]
-        means = np.array([[np.nan if p is None or p["mean"] is None else p["mean"] for p in row] for row in rows])
-        texts = [[interval_text(p) for p in row] for row in rows]
-        limit = float(np.nanmax(np.abs(means), initial=0.0)) or 1.0
+        first, second, rows = grid_of(surface)
+        means = np.array([[point["mean"] for point in row] for row in rows], dtype=float)
+        texts = [[interval_text(point) for point in row] for row in rows]
+        limit = colour_limit(means)
         seaborn.heatmap(
             means, ax=axis, cmap=EFFECT_COLOURS, vmin=-limit, vmax=limit, annot=texts, fmt="",
             annot_kws=dict(fontsize=7), xticklabels=[f"{a:g}" for a in first], yticklabels=[f"{b:g}" for b in second],

@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import seaborn
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
@@ -57,14 +57,23 @@ def interval_text(estimate: Mapping[str, float | None] | None) -> str:
     return f"{estimate['mean']:+.2f}\n[{estimate['low']:+.2f}, {estimate['high']:+.2f}]"
 
 
+def colour_limit(values: Float[np.ndarray, "..."]) -> float:
+    """The largest distance from 0, as the end of a colour scale; 1 where every value is 0 or not a number."""
+    return float(np.nanmax(np.abs(values), initial=0.0)) or 1.0
+
+
+def colour_scale(values: Float[np.ndarray, "..."]) -> tuple[str, float, float]:
+    """Colours of a map, and the values at both ends: around 0 where any is below it, else from nothing to most."""
+    limit = colour_limit(values)
+    return (EFFECT_COLOURS, -limit, limit) if bool((values < 0).any()) else (SHARE_COLOURS, 0.0, limit)
+
+
 def effect_colours(values: Sequence[float]) -> list[str]:
-    """`#rrggbb` of each value in the colours of maps: around 0 where any is negative, else from nothing to most."""
+    """`#rrggbb` of each value on its `colour_scale`, white where it is not a number."""
     known = np.asarray(values, dtype=float)
-    limit = float(np.nanmax(np.abs(known), initial=0.0)) or 1.0  # all zeros would divide by it
-    signed = bool((known < 0).any())
-    colours = matplotlib.colormaps[EFFECT_COLOURS if signed else SHARE_COLOURS]
-    shares = (known / limit + 1) / 2 if signed else known / limit
-    return [to_hex(colours(share)) if share == share else "#ffffff" for share in shares]
+    name, low, high = colour_scale(known)
+    shares = (known - low) / (high - low)
+    return [to_hex(matplotlib.colormaps[name](share)) if share == share else "#ffffff" for share in shares]
 
 
 def text_colour(background: str) -> str:

@@ -14,7 +14,7 @@ same content, for papermill, the report and readers without a kernel.
 from physnb.widgets.actions import Cancelled, long_action
 from physnb.widgets.browsing import browse
 from physnb.widgets.choosing import choice_widget, draw_pair
-from physnb.widgets.heads import HeadMap, browse_heads, head_table
+from physnb.widgets.heads import HeadMap, browse_heads
 from physnb.widgets.strength import browse_strength
 from physnb.widgets.watching import watch_hunt
 
@@ -26,7 +26,6 @@ __all__ = [
     "browse_strength",
     "choice_widget",
     "draw_pair",
-    "head_table",
     "long_action",
     "watch_hunt",
 ]

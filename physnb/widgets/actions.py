@@ -8,11 +8,18 @@ from collections.abc import Callable
 
 import ipywidgets
 
+from physnb.trials import Trials
+
 Report = Callable[[int, int, float], None]  # done, total, seconds left
 
 
 class Cancelled(Exception):
     """What a report raises once Cancel was pressed."""
+
+
+def tell(report: Report) -> Callable[[Trials], None]:
+    """The `on_rows` of trials that reports how far they are."""
+    return lambda trials: report(trials.rows_run, trials.rows_run + trials.pending, trials.seconds_left)
 
 
 def long_action(name: str, work: Callable[[Report], str], tooltip: str = "") -> ipywidgets.HBox:

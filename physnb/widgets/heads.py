@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 
 import ipywidgets
-import torch
 from jaxtyping import Float
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -19,11 +18,10 @@ from physnb.pictures import encode_png
 from physnb.plots import effect_colours, plot_profile, text_colour
 from physnb.profiles import Profile, measure_profiles, profile_rows
 from physnb.trials import Trials
-from physnb.widgets.actions import Report, long_action
+from physnb.widgets.actions import Report, long_action, tell
 from physnb.widgets.browsing import View, labelled
 from physnb.widgets.strength import BATCH, Films
 
-PANEL = 110  # pixels of a panel of the attention picture: eight fit side by side
 Maps = Mapping[str, Float[Tensor, "layer head"]]
 CHOSEN, FRAMED, PLAIN = "3px solid #0072b2", "2px solid black", "1px solid lightgrey"
 
@@ -79,15 +77,6 @@ class HeadMap:
             button.layout.border = CHOSEN if head == self.head else FRAMED if head in self.framed else PLAIN
 
 
-def head_table(rows: Mapping[HeadId, float], heads: HeadSet) -> Float[Tensor, "layer head"]:
-    """One number a head as a layer x head table, NaN where there is none."""
-    shape = (max(head.layer for head in heads) + 1, max(head.head for head in heads) + 1)
-    table = torch.full(shape, torch.nan)
-    for head, value in rows.items():
-        table[head.layer, head.head] = value
-    return table
-
-
 def browse_heads(
     maps: Maps,
     attention: HeadAttention,
@@ -129,8 +118,8 @@ def browse_heads(
     def draw_attention() -> tuple[str, list[bytes]]:
         query = paths[clip.value][min(step.value, len(paths[clip.value]) - 1)]
         place, frames = attention.heads.index(heads.head), clips.frames[clip.value]
-        centres, scale = clips.state.positions[clip.value], PANEL / frames.shape[1]
-        drawn = attention_picture(attention, place, clip.value, query, frames, scale, centres=centres)
+        centres = clips.state.positions[clip.value]
+        drawn = attention_picture(attention, place, clip.value, query, frames, centres=centres)
         past = float(attention.from_query(place, clip.value, query)[: query[0]].sum())
         text = (
             f"{heads.head}: the disc's token at token time {query[0]} gives {past:.0%} of its attention to earlier ones"
@@ -142,11 +131,7 @@ def browse_heads(
         return f"The clip without guidance, and guided away from {heads.head} alone:", [film]
 
     def measure(report: Report) -> str:
-        head = heads.head
-
-        def on_rows(running: Trials) -> None:
-            report(running.rows_run, running.rows_run + running.pending, running.seconds_left)
-
+        head, on_rows = heads.head, tell(report)
         with ExitStack() as stack:
             twins = {name: stack.enter_context(part.twin(on_rows, BATCH)) for name, part in trials.items()}
             known.update(measure_profiles(twins, hunt, (head,), a_scenario=a_scenario))

@@ -13,7 +13,7 @@ from physnb.pictures import draw_film, draw_frame, encode_png
 from physnb.plots import cell_boxes, figure_pixels, plot_surface
 from physnb.strength import SURFACE_UNITS, Point, effects_of, measure_arms, weight_grid
 from physnb.trials import Trials
-from physnb.widgets.actions import Report, long_action
+from physnb.widgets.actions import Report, long_action, tell
 from physnb.widgets.browsing import View, labelled
 
 BATCH = 12  # clips between two looks at Cancel: under a second for the reference model
@@ -126,11 +126,7 @@ def browse_strength(
 
     def compute(report: Report) -> str:
         point = round(new_w.value, 6), round(new_u.value, 6)
-
-        def on_rows(running: Trials) -> None:
-            report(running.rows_run, running.rows_run + running.pending, running.seconds_left)
-
-        with trials.twin(on_rows, BATCH) as twin:
+        with trials.twin(tell(report), BATCH) as twin:
             found = measure_arms(twin, {point: trial(*point)}, cases)
             films.clips |= twin.clips([trial(*point)], show)
         surfaces.add(found)

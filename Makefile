@@ -9,7 +9,7 @@ ANALYSIS_CASES ?= 6
 run: .venv/installed ## all numbered notebooks at PRESET, and outputs/<run>/report.html
 	$(BIN)/python -m physnb run --preset $(PRESET) -p analysis_cases=$(ANALYSIS_CASES)
 
-test: .venv/ray ## lint, tests, and the notebooks at their defaults
+test: .venv/extras ## lint, tests, and the notebooks at their defaults
 	PATH="$(CURDIR)/$(BIN):$$PATH" tests/check.sh
 
 lab: .venv/installed ## JupyterLab at the first notebook
@@ -28,6 +28,6 @@ check: .venv/installed ## lint alone
 	$(BIN)/python -m pip install --quiet --editable .
 	@touch $@
 
-.venv/ray: .venv/installed
-	$(BIN)/python -m pip install --quiet --editable '.[ray]'
+.venv/extras: .venv/installed
+	$(BIN)/python -m pip install --quiet --editable '.[ray,test]'
 	@touch $@

@@ -9,17 +9,19 @@ import argparse
 import dataclasses
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 from physnb.config import (
     AXES,
+    CAPTION_LEVELS,
     EXECUTORS,
     PERTURBATION_KINDS,
     PRESETS,
     PROMISES,
-    SCENARIOS,
     SEARCHES,
+    SIMULATED,
     SOLVERS,
     SPLITS,
     Guidance,
@@ -58,10 +60,20 @@ def natural(text: str) -> int:
 def command_train(args: argparse.Namespace) -> dict[str, Any] | None:
     from physnb.checkpoint import fingerprint, load_model, save_model
     from physnb.evaluate import result_table, sample_grid
+    from physnb.space import latent_config
+    from physnb.text import load_text_encoder
     from physnb.train import is_main_process, train
 
     config = preset(args.preset).train
-    given = {name: getattr(args, name) for name in ("steps", "batch", "seed", "learning_rate")}
+    given = {name: getattr(args, name) for name in ("steps", "batch", "seed", "learning_rate", "clips")}
+    given |= sources_of(args.source) if args.source else {}
+    text = {name: getattr(args, name) for name in ("level", "layers") if getattr(args, name) is not None}
+    if args.text_encoder:
+        text |= dict(encoder=args.text_encoder, width=load_text_encoder(args.text_encoder).width)
+    given |= dict(text=dataclasses.replace(config.text, **text))
+    require(not args.frames or bool(args.codec), "--frames goes with --codec; presets have their own number of frames")
+    if args.codec:
+        given |= dict(codec=args.codec, model=latent_config(args.codec, config.model, args.frames))
     start = load_model(args.start) if args.start else None
     given |= dict(start=fingerprint(start) if start else None)
     config = dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
@@ -69,13 +81,25 @@ def command_train(args: argparse.Namespace) -> dict[str, Any] | None:
         return json.loads(to_json(config))
     folder, model_folder = Path(args.out), Path(args.out) / "model"
     require(not model_folder.exists(), f"{model_folder} is already trained; choose another --out")
+    scenarios = [name for name in config.sources if name in SIMULATED]
     model = train(config, folder, start=start, resume=args.resume, save_every=args.save_every,
-                  sample_every=args.sample_every, on_sample=sample_grid, progress=not args.json)  # fmt: skip
+                  sample_every=args.sample_every, on_sample=partial(sample_grid, scenarios=scenarios),
+                  progress=not args.json)  # fmt: skip
     if not is_main_process():
         return None  # the first process speaks for all
-    result = result_table(model, cases=args.cases, seed=config.seed)
+    result = result_table(model, cases=args.cases, seed=config.seed, scenarios=scenarios)
     save_model(model, model_folder, result)
     return dict(model=str(model_folder), steps=config.steps, result=result)
+
+
+def sources_of(names: list[str]) -> dict[str, Any]:
+    """The settings of a training on sources written as NAME or NAME=WEIGHT."""
+    pairs = [name.partition("=") for name in names]
+    try:
+        weights = tuple(float(weight) if equals else 1.0 for _, equals, weight in pairs)
+    except ValueError:
+        raise ValueError(f"--source must be NAME or NAME=WEIGHT, got {', '.join(names)}") from None
+    return dict(sources=tuple(name for name, _, _ in pairs), source_weights=weights)
 
 
 def command_eval_trajectory(args: argparse.Namespace) -> dict[str, Any]:
@@ -133,13 +157,14 @@ def guidance_of(args: argparse.Namespace) -> Guidance:
 def command_generate(args: argparse.Namespace) -> dict[str, Any]:
     from physnb.checkpoint import load_model
     from physnb.data import simulate
+    from physnb.evaluate import shape_of
     from physnb.generate import generate
     from physnb.plots import check_video_path, write_video
 
     check_video_path(Path(args.out))
     require(not Path(args.out).exists(), f"{args.out} exists; choose another name or delete it")
     model = load_model(args.model)
-    shape = dict(frames=model.config.frames, size=model.config.size, seed=args.seed)
+    shape = shape_of(model) | dict(seed=args.seed)
     true = simulate(args.scenario, args.split, range(args.cases), **shape)
     made = generate(model, true, frames_given=args.frames_given, guidance=guidance_of(args), steps=args.steps,
                     solver=args.solver, seed=args.seed)  # fmt: skip
@@ -242,7 +267,7 @@ def command_bench(args: argparse.Namespace) -> dict[str, Any]:
 
 def add_cases(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=str(REFERENCE_MODEL), help="model folder (default: %(default)s)")
-    parser.add_argument("--scenario", choices=SCENARIOS, required=True)
+    parser.add_argument("--scenario", choices=SIMULATED, required=True)
     parser.add_argument(
         "--split", choices=SPLITS, default="id", help="in or out of distribution (default: %(default)s)"
     )
@@ -286,6 +311,15 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--resume", action="store_true", help="go on with the run in --out")
     for name, kind in (("--steps", count), ("--batch", count), ("--seed", natural), ("--learning-rate", float)):
         sub.add_argument(name, type=kind, help="instead of the preset's")
+    sub.add_argument("--clips", type=natural, help="distinct clips of each scenario (0, the default: none comes twice)")
+    sub.add_argument("--codec", metavar="DIR", help="train in the latents of this autoencoder: folder or hub id")
+    sub.add_argument("--frames", type=count, help="of a clip, where the codec does not take the preset's")
+    sub.add_argument("--source", action="append", default=[], metavar="NAME[=WEIGHT]",
+                     help="instead of the preset's: a scenario, templates, smoke, flame, phyworld:FILE, videos:DIR; "
+                     "may be repeated")  # fmt: skip
+    sub.add_argument("--level", choices=CAPTION_LEVELS, help="what captions say (default: description)")
+    sub.add_argument("--layers", type=natural, help="transformer layers that read captions (default: 0, their mean)")
+    sub.add_argument("--text-encoder", metavar="DIR", help="folder or hub id of a pretrained reader of captions")
     sub.add_argument("--save-every", type=count, default=250, help="steps between saved states")
     sub.add_argument("--sample-every", type=count, default=1000, help="steps between sample grids")
     sub.add_argument("--cases", type=count, default=128, help="clips a world in the final table")

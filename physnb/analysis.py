@@ -82,11 +82,11 @@ def attention_maps(
     check_cases(model, clips, frames_given)
     check_heads(model, heads)
     require(0 < sigma <= 1, f"sigma must be in (0, 1], got {sigma}")
-    clean, given, caption_ids = conditions(model, clips, frames_given, clips.captions)
+    clean, given, caption = conditions(model, clips, frames_given)
     level = torch.full((len(clips),), sigma, device=model.device)
     noised = add_noise(clean, initial_noise(model, clips, seed).to(model.device), level)
     with torch.inference_mode(), capture_attention(model, heads) as maps:
-        model(noised, level, clean, given, caption_ids)
+        model(noised, level, clean, given, caption)
     return HeadAttention(tuple(heads), torch.stack([maps[h] for h in heads]).cpu(), model.grid, sigma)
 
 

@@ -100,10 +100,10 @@ class WanBaseline(nn.Module):
             rope_max_seq_len=64,
         )
 
-    def forward(self, sample, sigma, start, given, caption_ids):
+    def forward(self, sample, sigma, start, given, caption):
         mask = given[:, None, :, None, None]
         mask_channel = mask.expand(-1, 1, -1, *sample.shape[3:])
-        return self.wan(torch.cat([sample, start * mask, mask_channel], 1), 1000 * sigma, self.words(caption_ids))
+        return self.wan(torch.cat([sample, start * mask, mask_channel], 1), 1000 * sigma, self.words(caption))
 
 
 def operations(config: ModelConfig) -> tuple[float, float, float]:

@@ -132,10 +132,10 @@ def guided_steps(model: VideoDiT, perturbation: Perturbation, batch: int) -> dic
         sigma=torch.full((batch,), 0.8, **like),
         start=sample,
         given=torch.zeros(batch, model.config.frames, **like),
-        caption_ids=torch.zeros(batch, 1, dtype=torch.long, device=model.device),
+        caption=torch.zeros(batch, 1, dtype=torch.long, device=model.device),
     )
     guidance = [Guidance(weak=((WEIGHT, perturbation),))] * batch
-    fork = guided_velocity(model, inputs["start"], inputs["given"], inputs["caption_ids"], guidance)
+    fork = guided_velocity(model, inputs["start"], inputs["given"], inputs["caption"], guidance)
     weights = torch.full((batch,), WEIGHT)
 
     def two_passes(broken: Callable) -> Tensor:

@@ -40,12 +40,12 @@ def published_scores(subject: ModelSubject, rows: Sequence[Row]) -> Float[Tensor
     part = subject.cases[cases]
     weights, broken = zip(*(trial.weak[0] for trial in trials), strict=True)
     weight = torch.tensor(weights, device=model.device).view(-1, 1, 1, 1, 1)
-    known = conditions(model, part, subject.frames_given, part.captions)
-    start, given, caption_ids = (torch.cat([x, x]) for x in known)
+    known = conditions(model, part, subject.frames_given)
+    start, given, caption = (torch.cat([x, x]) for x in known)
 
     def velocity(noised: Tensor, sigma: Tensor, progress: float) -> Tensor:
         with torch.inference_mode(), perturb_rows(model, [*[None] * len(rows), *broken]):
-            both = model(torch.cat([noised, noised]), torch.cat([sigma, sigma]), start, given, caption_ids).sample
+            both = model(torch.cat([noised, noised]), torch.cat([sigma, sigma]), start, given, caption).sample
         conditional, weak = both.chunk(2)
         return velocity_from_clean(noised, conditional + weight * (conditional - weak), sigma)
 

@@ -62,7 +62,10 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def config_json(config: Any) -> str:
-    """A configuration of diffusers as canonical JSON, without what says where it came from; of others nothing."""
+    """A configuration of diffusers as canonical JSON, without what says where it came from; of others nothing.
+
+    What is None is as if it were not there, so that a model stays what it was when its class learns a new option.
+    """
     entries = config if isinstance(config, Mapping) else {}
-    known = {name: value for name, value in entries.items() if not name.startswith("_")}
+    known = {name: value for name, value in entries.items() if not name.startswith("_") and value is not None}
     return json.dumps(known, sort_keys=True, default=str)

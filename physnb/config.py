@@ -15,7 +15,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-SCENARIOS = ("uniform", "parabola", "collision")
+SCENARIOS = ("uniform", "parabola", "collision")  # phyworld's, which a hunt and a reference model use by default
+PHENOMENA = ("pendulum", "spring", "bounce", "drag", "orbit", "rolling", "stack", "wave", "glide")
+SIMULATED = (*SCENARIOS, *PHENOMENA)  # everything with discs and a law of motion
+FLUIDS = ("smoke", "flame")
+CAPTION_LEVELS = ("none", "label", "description", "parameters", "law", "augmented")  # what captions say of a clip
 SPLITS = ("train", "id", "ood")  # "id" has the ranges of "train" and other clips
 PERTURBATION_KINDS = ("identity", "uniform", "mean_query", "blur", "temperature", "zero")
 AXES = ("all", "space", "time")
@@ -206,12 +210,36 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class TextConfig:
+    """What captions say and how a model reads them.
+
+    level: one of CAPTION_LEVELS. encoder: folder or hub id of a pretrained text encoder, empty for a learned embedding
+    of each word. width: channels of the encoder's embeddings. layers: transformer layers over learned words; without
+    any a caption is the mean of its words, and their order is lost.
+    """
+
+    level: str = "description"
+    encoder: str = ""
+    width: int = 0
+    layers: int = 0
+
+    def __post_init__(self) -> None:
+        choose("caption level", self.level, CAPTION_LEVELS)
+        require(self.layers >= 0, f"text layers must not be negative, got {self.layers}")
+        require(bool(self.encoder) == (self.width > 0), "a text encoder needs its width, and a width its encoder")
+        require(not (self.encoder and self.layers), "text layers read learned words; a pretrained encoder has its own")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """How a VideoDiT is trained; everything that decides the weights, and nothing else."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    scenarios: tuple[str, ...] = SCENARIOS
-    scenario_weights: tuple[float, ...] = (1.0, 1.0, 1.5)  # how often each is seen; collisions are the hardest
+    sources: tuple[str, ...] = SCENARIOS  # see physnb.data.catalogue
+    source_weights: tuple[float, ...] = (1.0, 1.0, 1.5)  # how often each is seen; collisions are the hardest
+    text: TextConfig = field(default_factory=TextConfig)
+    clips: int = 0  # distinct clips of each simulated source; 0: no clip is seen twice
+    codec: str = ""  # folder or hub id of an autoencoder: the model's sizes are then those of its latents
     steps: int = 3000
     batch: int = 16  # clips a step, over all processes together
     learning_rate: float = 3e-3  # AdamW: embeddings, modulations, output, biases
@@ -231,22 +259,22 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.model, dict):
-            object.__setattr__(self, "model", from_json(ModelConfig, self.model))
-        for name in ("scenarios", "scenario_weights"):
+        for name, kind in dict(model=ModelConfig, text=TextConfig).items():
+            if isinstance(getattr(self, name), dict):
+                object.__setattr__(self, name, from_json(kind, getattr(self, name)))
+        for name in ("sources", "source_weights"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        require(len(self.scenarios) > 0, "scenarios must name at least one scenario")
-        for scenario in self.scenarios:
-            choose("scenario", scenario, SCENARIOS)
+        require(len(self.sources) > 0, "sources must name at least one source of clips")
         require(
-            len(self.scenarios) == len(self.scenario_weights) and min(self.scenario_weights) > 0,
-            f"scenario_weights {self.scenario_weights} must give a positive weight to each of {self.scenarios}",
+            len(self.sources) == len(self.source_weights) and min(self.source_weights) > 0,
+            f"source_weights {self.source_weights} must give a positive weight to each of {self.sources}",
         )
         for name in ("steps", "batch"):
             require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
         for name in ("learning_rate", "matrix_learning_rate"):
             require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
-        require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
+        for name in ("seed", "clips"):
+            require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("start_drop", "caption_drop", "vary_frames_given", "decay_fraction", "ema_decay"):
             require(0 <= getattr(self, name) <= 1, f"{name} must be in [0, 1], got {getattr(self, name)}")
         require(
@@ -282,7 +310,7 @@ class HuntConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "scenarios", tuple(self.scenarios))
         for scenario in self.scenarios:
-            choose("scenario", scenario, SCENARIOS)
+            choose("scenario", scenario, SIMULATED)
         require(len(self.scenarios) > 0, "scenarios must name at least one scenario")
         choose("split", self.split, SPLITS)
         choose("search", self.search, SEARCHES)
@@ -309,6 +337,14 @@ class Preset:
     hunt: HuntConfig
 
 
+DIT_SHAPES = {  # Peebles and Xie (2022), table 1
+    "s": dict(width=384, depth=12, heads=6),
+    "b": dict(width=768, depth=12, heads=12),
+    "l": dict(width=1024, depth=24, heads=16),
+    "xl": dict(width=1152, depth=28, heads=16),
+}
+
+
 def _preset(model: dict, train: dict, hunt: dict) -> Preset:
     return Preset(TrainConfig(model=ModelConfig(**model), **train), HuntConfig(**hunt))
 
@@ -324,7 +360,7 @@ PRESETS: dict[str, Preset] = {
     # about 10 minutes of training on 2 cores: what `make run` uses
     "quick": _preset(
         dict(frames=16, size=32, patch=(2, 8, 8), width=128, depth=6, heads=8),
-        dict(steps=2800, batch=8, scenario_weights=(1.0, 1.0, 1.0), ema_decay=0.99),
+        dict(steps=2800, batch=8, source_weights=(1.0, 1.0, 1.0), ema_decay=0.99),
         dict(selection_cases=24, confirmation_cases=64),
     ),
     # two hours on 2 cores: what the committed reference model was refined from
@@ -339,7 +375,7 @@ PRESETS: dict[str, Preset] = {
         dict(
             steps=6000,
             batch=16,
-            scenario_weights=(1.0, 1.25, 1.0),
+            source_weights=(1.0, 1.25, 1.0),
             learning_rate=1e-3,
             matrix_learning_rate=3e-3,
             warmup_steps=100,
@@ -358,6 +394,15 @@ PRESETS: dict[str, Preset] = {
         ),
         dict(selection_cases=256, confirmation_cases=1024, steps=20),
     ),
+}
+# phyworld's models in the latents of a codec with 8 x 8 pixels and 4 frames a latent and 4 channels (--codec)
+PRESETS |= {
+    f"paper-{name}": _preset(
+        dict(frames=8, size=16, patch=(1, 2, 2), channels=4, **shape),
+        dict(steps=100_000, batch=256, learning_rate=1e-4, matrix_learning_rate=1e-3, ema_decay=0.9999, frames_given=5),
+        dict(selection_cases=256, confirmation_cases=1024, steps=20),
+    )
+    for name, shape in DIT_SHAPES.items()
 }
 
 

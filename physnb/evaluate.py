@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -12,18 +12,26 @@ import torch
 from PIL import Image
 
 from physnb.config import SCENARIOS, Guidance, Perturbation, choose, require
-from physnb.data import simulate
-from physnb.data.impossible import kinds_for, make_impossible
+from physnb.data import Clip, simulate
+from physnb.data.variants import kinds_for, make_impossible
 from physnb.generate import generate
 from physnb.likelihood import four_futures, futures_accuracy, preference_error
-from physnb.metrics import metric_trajectory
+from physnb.metrics import Scores, metric_trajectory
 from physnb.metrics.features import I3D, EfficientNetLite0, Trajectory
 from physnb.metrics.frechet import metric_frechet, metric_kernel
+from physnb.metrics.law import metric_law
 from physnb.model import VideoDiT
+from physnb.space import space_of
 from physnb.statistics import bootstrap_mean
 from physnb.store import written_whole
 
-HEADLINE = ("velocity_error", "position_error", "missing_rate")
+HEADLINE = ("velocity_error", "position_error", "missing_rate", "law_residual")
+
+
+def shape_of(model: VideoDiT) -> dict[str, int]:
+    """Frames and pixels of the clips that a model makes, as `simulate` takes them."""
+    space = space_of(model)
+    return dict(frames=space.frames, size=space.size)
 
 
 def evaluate_trajectory(
@@ -46,10 +54,10 @@ def evaluate_trajectory(
     Out of distribution, `buckets` splits the table by what lies outside (radius, velocity or both).
     """
     require(cases > 0, f"cases must be positive, got {cases}")
-    true = simulate(scenario, split, range(cases), frames=model.config.frames, size=model.config.size, seed=seed)
-    floor = metric_trajectory(true, true, frames_given=frames_given, mode=mode)  # refuses bad settings before the work
+    true = simulate(scenario, split, range(cases), **shape_of(model), seed=seed)
+    floor = judge_motion(true, true, frames_given, mode)  # refuses bad settings before the work
     made = generate(model, true, frames_given=frames_given, guidance=guidance, steps=steps, solver=solver, seed=seed)
-    found = metric_trajectory(made, true, frames_given=frames_given, mode=mode)
+    found = judge_motion(made, true, frames_given, mode)
     metrics = [name for name in metrics if name in found]
 
     def table(rows: list[int]) -> dict[str, Any]:
@@ -66,6 +74,12 @@ def evaluate_trajectory(
     if len(buckets) > 1:
         result["buckets"] = {b: table([i for i, name in enumerate(true.buckets) if name == b]) for b in buckets}
     return result
+
+
+def judge_motion(generated: Clip, true: Clip, frames_given: int, mode: str) -> dict[str, Scores]:
+    """The trajectory metrics of a mode, and in "clean" the residual of the law."""
+    found = metric_trajectory(generated, true, frames_given=frames_given, mode=mode)
+    return found | (metric_law(generated, true, frames_given=frames_given) if mode == "clean" else {})
 
 
 def evaluate_plausibility(
@@ -85,7 +99,7 @@ def evaluate_plausibility(
     or perturbation judge the guided or the broken model instead.
     """
     require(cases > 0, f"cases must be positive, got {cases}")
-    true = simulate(scenario, split, range(cases), frames=model.config.frames, size=model.config.size, seed=seed)
+    true = simulate(scenario, split, range(cases), **shape_of(model), seed=seed)
     variants = [make_impossible(true, kind, frames_given=frames_given, seed=seed) for kind in kinds_for(scenario)]
     settings = dict(frames_given=frames_given, seed=seed, guidance=guidance, perturbation=perturbation)
     found = preference_error(model, true, variants, **settings)
@@ -116,7 +130,7 @@ def evaluate_frechet(
     choose("features", features, ("trajectory", "efficientnet", "i3d"))
     require(features != "i3d" or weights is not None, "I3D needs its weights; give --weights, a local file")
     extractor = dict(trajectory=Trajectory, efficientnet=EfficientNetLite0, i3d=partial(I3D, weights))[features]()
-    shape = dict(frames=model.config.frames, size=model.config.size, seed=seed)
+    shape = shape_of(model) | dict(seed=seed)
     true = simulate(scenario, split, range(cases), **shape)
     reference = simulate(scenario, split, range(cases, 3 * cases), **shape)
     metric_kernel(true, reference, extractor, seed=seed)  # refuses bad settings before the work
@@ -126,12 +140,14 @@ def evaluate_frechet(
     return dict(scenario=scenario, split=split, cases=cases, seed=seed, steps=steps, solver=solver, scores=rows)
 
 
-def result_table(model: VideoDiT, *, cases: int, seed: int, frames_given: int = 3) -> list[dict[str, Any]]:
-    """`evaluate_trajectory` in every world, in and out of distribution, as one row each."""
+def result_table(
+    model: VideoDiT, *, cases: int, seed: int, frames_given: int = 3, scenarios: Sequence[str] = SCENARIOS
+) -> list[dict[str, Any]]:
+    """`evaluate_trajectory` in every scenario, in and out of distribution, as one row each."""
     return [
         evaluate_trajectory(model, scenario, split, cases=cases, frames_given=frames_given, seed=seed)
         for split in ("id", "ood")
-        for scenario in SCENARIOS
+        for scenario in scenarios
     ]
 
 
@@ -144,11 +160,11 @@ def error_rows(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def sample_grid(model: VideoDiT, step: int, folder: Path) -> dict[str, float]:
+def sample_grid(model: VideoDiT, step: int, folder: Path, scenarios: Sequence[str] = SCENARIOS) -> dict[str, float]:
     """Position errors on 8 unseen clips a scenario, after writing the first of each, true above generated, as a PNG."""
     errors, rows = {}, []
-    for scenario in SCENARIOS:
-        true = simulate(scenario, "id", range(8), frames=model.config.frames, size=model.config.size)
+    for scenario in scenarios:
+        true = simulate(scenario, "id", range(8), **shape_of(model))
         made = generate(model, true, steps=5)
         scored = metric_trajectory(made, true)["position_error"]
         errors[f"position_error/{scenario}"] = float(scored.values.nanmean())

@@ -5,22 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from physnb.captioning import Captions, captioner_of
 from physnb.config import Guidance, require
-from physnb.data import Clip, encode_captions, normal_noise
+from physnb.data import Clip, normal_noise
 from physnb.flow import ClipTensor, solve
 from physnb.guidance import guided_velocity
 from physnb.model import VideoDiT
+from physnb.space import space_of
 
 
 def check_cases(model: VideoDiT, cases: Clip, frames_given: int) -> None:
     """Raise ValueError unless the model can continue these clips from `frames_given` start frames."""
-    _, time, height, width = model.clip_shape
-    have = tuple(cases.frames.shape[1:4])
-    require(have == (time, height, width), f"the model makes clips of {(time, height, width)}, the cases are {have}")
-    require(0 <= frames_given < time, f"frames given must be in [0, {time - 1}], got {frames_given}")
+    space = space_of(model)
+    makes, have = (space.frames, space.size, space.size), tuple(cases.frames.shape[1:4])
+    require(have == makes, f"the model makes clips of {makes}, the cases are {have}")
+    require(0 <= frames_given < space.frames, f"frames given must be in [0, {space.frames - 1}], got {frames_given}")
+    space.given(frames_given)
 
 
 def initial_noise(model: VideoDiT, cases: Clip, seed: int) -> torch.Tensor:
@@ -33,12 +36,15 @@ def initial_noise(model: VideoDiT, cases: Clip, seed: int) -> torch.Tensor:
 
 
 def conditions(
-    model: VideoDiT, cases: Clip, frames_given: int, captions: Sequence[str]
-) -> tuple[ClipTensor, Float[Tensor, "batch time"], Int[Tensor, "batch word"]]:
+    model: VideoDiT, cases: Clip, frames_given: int, *, use_captions: bool = True
+) -> tuple[ClipTensor, Float[Tensor, "batch time"], Captions]:
     """What the model is told of each case, on its device: the clean clip, which frames of it are given, the caption."""
-    start = cases.pixels().to(model.device)
-    given = (torch.arange(start.shape[2], device=model.device) < frames_given).float().expand(len(cases), -1)
-    return start, given, encode_captions(captions, tuple(model.config.vocabulary)).to(model.device)
+    captioner = captioner_of(model)
+    captions = captioner.write(cases) if use_captions else ("",) * len(cases)
+    space = space_of(model)
+    start, count = space.encode_start(cases, frames_given, model.device), space.given(frames_given)
+    given = (torch.arange(start.shape[2], device=model.device) < count).float().expand(len(cases), -1)
+    return start, given, captioner.encode(captions).to(model.device)
 
 
 def generate(
@@ -71,11 +77,12 @@ def generate(
     parts = []
     for first in range(0, len(cases), batch_size):
         part = cases[first : first + batch_size]
-        captions = part.captions if use_captions else ("",) * len(part)
-        start, given, caption_ids = conditions(model, part, frames_given, captions)
-        velocity = guided_velocity(model, start, given, caption_ids, rows[first : first + batch_size], others)
+        start, given, caption = conditions(model, part, frames_given, use_captions=use_captions)
+        velocity = guided_velocity(model, start, given, caption, rows[first : first + batch_size], others)
         noise = initial_noise(model, part, seed).to(model.device)
         shift = model.config.noise_shift
         clean = solve(velocity, noise, steps=steps, solver=solver, shift=shift, callback=callback)
-        parts.append(part.with_pixels(torch.where(given[:, None, :, None, None] > 0, start, clean)))
+        made = part.with_pixels(space_of(model).decode(torch.where(given[:, None, :, None, None] > 0, start, clean)))
+        made.frames[:, :frames_given] = part.frames[:, :frames_given]
+        parts.append(made)
     return Clip.concatenate(parts)

@@ -93,7 +93,7 @@ def guided_velocity(
     model: VideoDiT,
     start: ClipTensor,
     given: Float[Tensor, "batch time"],
-    caption_ids: Int[Tensor, "batch word"],
+    caption: Int[Tensor, "batch word"],
     guidance: Sequence[Guidance],
     others: Mapping[str, VideoDiT] | None = None,
 ) -> Denoiser:
@@ -107,7 +107,7 @@ def guided_velocity(
     for weak in (w for g in guidance for _, w in g.weak if isinstance(w, OtherModel)):
         choose("guiding model", weak.name, others)
     terms = guidance_terms(guidance)
-    twins = first_twins(start, given, caption_ids)
+    twins = first_twins(start, given, caption)
 
     @cache
     def plan(active: bool, sources: tuple[int, ...]) -> Plan:
@@ -117,7 +117,7 @@ def guided_velocity(
 
     def velocity(noised: ClipTensor, sigma: Levels, progress: float = 0.0) -> ClipTensor:
         active = [g.start <= progress < g.stop for g in guidance]
-        inputs = dict(sample=noised, sigma=sigma, start=start, given=given, caption_ids=caption_ids)
+        inputs = dict(sample=noised, sigma=sigma, start=start, given=given, caption=caption)
         with torch.inference_mode():
             chosen = plan(any(active), same_inputs(twins, noised, sigma))
             clean = chosen.predict(inputs, others)
@@ -188,7 +188,7 @@ class Plan:
         """C, then the prediction of each term, with C itself in the rows that a term does not concern."""
         rows = self.before.to(inputs["sample"].device)
         before = {name: value[rows] for name, value in inputs.items()}
-        before["caption_ids"] = before["caption_ids"] * self.captions.to(rows.device)[:, None]
+        before["caption"] = before["caption"] * self.captions.to(rows.device)[:, None]
         with ExitStack() as stack:
             for form, strength in self.strengths.items():
                 stack.enter_context(perturb(self.model, strength, form))

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from physnb.config import Guidance, Perturbation, choose, require
 from physnb.data import Clip, hash_draws, normal_noise
-from physnb.data.impossible import Variants, kinds_for, make_impossible
+from physnb.data.impossible import Variants
+from physnb.data.variants import kinds_for, make_impossible
 from physnb.flow import ClipTensor, add_noise, shift_levels
 from physnb.generate import check_cases, conditions
 from physnb.guidance import Denoiser, guided_velocity
@@ -100,8 +101,8 @@ def clip_losses(
     losses = []
     for first in range(0, len(clips), batch_size):
         rows = slice(first, first + batch_size)
-        clean, given, caption_ids = conditions(model, clips[rows], frames_given, clips[rows].captions)
-        velocity = guided_velocity(model, clean, given, caption_ids, guided[rows], others)
+        clean, given, caption = conditions(model, clips[rows], frames_given)
+        velocity = guided_velocity(model, clean, given, caption, guided[rows], others)
         with perturb_rows(model, broken[rows]) if any(broken[rows]) else nullcontext():
             errors = [
                 level_loss(model, clips[rows], clean, velocity, sigma, frames_given, seed, draw)

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from physnb.config import ModelConfig
+from physnb.config import ModelConfig, TextConfig
 
 LEVEL_FEATURES = 64  # sine features of the noise level
 LEVEL_FREQUENCY = 10.0  # of the fastest; faster ones tell neighbouring levels apart and only add noise
@@ -114,6 +114,21 @@ class Block(nn.Module):
         return torch.addcmul(x, gate2, self.mlp(torch.addcmul(shift2, self.norm2(x), 1 + scale2)))
 
 
+class CaptionReader(nn.Module):
+    """Transformer layers over the words of a caption, which are told their order by sines."""
+
+    def __init__(self, width: int, heads: int, layers: int):
+        super().__init__()
+        settings = dict(dim_feedforward=2 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(width, heads, **settings) for _ in range(layers))
+
+    def forward(self, words: Float[Tensor, "batch word width"], padding: Bool[Tensor, "batch word"]) -> Tensor:
+        x = words + 0.1 * sine_places((words.shape[1], 1, 1), words.shape[2]).to(words)
+        for layer in self.layers:
+            x = layer(x, src_key_padding_mask=padding)
+        return x
+
+
 class VideoDiT(ModelMixin, ConfigMixin):
     """Predicts the clean clip from a noised one, the noise level, start frames and a caption."""
 
@@ -133,11 +148,15 @@ class VideoDiT(ModelMixin, ConfigMixin):
         vocabulary: tuple[str, ...] = (),
         noise_shift: float = 30.0,
         pixel_mean: float = 1.0,
+        text: dict | None = None,
+        codec: str | None = None,
     ):
         """The sizes are those of `config.ModelConfig`.
 
-        vocabulary: the words captions are made of. noise_shift: noise levels of training, reused in sampling.
+        vocabulary: the words captions are made of. text: what captions say and how they are read, the entries of
+        `config.TextConfig`; None: its defaults. noise_shift: noise levels of training, reused in sampling.
         pixel_mean: the usual pixel, in [-1, 1], subtracted from every input; 1 for discs on white.
+        codec: folder or hub id of the autoencoder whose latents take the place of pixels; the sizes are then theirs.
         """
         super().__init__()
         ModelConfig(frames, size, patch, channels, width, depth, heads, mlp_ratio)  # refuses sizes that do not fit
@@ -147,7 +166,10 @@ class VideoDiT(ModelMixin, ConfigMixin):
         self.embed = nn.Linear((2 * channels + 1) * patch_size, width)
         self.places = nn.Parameter(0.1 * sine_places(self.grid, width))
         self.level = nn.Sequential(nn.Linear(LEVEL_FEATURES, width), nn.SiLU(), nn.Linear(width, width))
-        self.words = nn.Embedding(len(vocabulary) + 1, width)  # word 0: no caption
+        reading = TextConfig(**(text or {}))
+        # Word 0: no caption. A pretrained encoder's embeddings of whole captions are only projected.
+        self.words = nn.Linear(reading.width, width) if reading.encoder else nn.Embedding(len(vocabulary) + 1, width)
+        self.reader = CaptionReader(width, heads, reading.layers) if reading.layers else None
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.modulation = nn.Linear(width, 2 * width)
@@ -185,15 +207,23 @@ class VideoDiT(ModelMixin, ConfigMixin):
         split = tokens.reshape(batch, t, h, w, channels, pt, ph, pw)
         return split.permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(batch, channels, t * pt, h * ph, w * pw)
 
-    def embed_condition(self, sigma: Tensor, caption_ids: Tensor) -> Float[Tensor, "batch width"]:
-        """Noise level and caption in one vector; a caption is the mean of its words."""
+    def embed_caption(self, caption: Tensor) -> Float[Tensor, "batch width"]:
+        """A caption in one vector: of words their mean, read in order if there is a reader; or a projection."""
+        if caption.is_floating_point():
+            return self.words(caption.to(self.places.dtype))
+        is_word = (caption > 0).to(self.places.dtype)
+        is_word[:, 0] += (is_word.sum(1) == 0).to(is_word.dtype)  # an empty caption is one word number 0
+        words = self.words(caption)
+        if self.reader is not None:
+            words = self.reader(words, is_word == 0)
+        return (words * is_word[..., None]).sum(1) / is_word.sum(1, keepdim=True)
+
+    def embed_condition(self, sigma: Tensor, caption: Tensor) -> Float[Tensor, "batch width"]:
+        """Noise level and caption in one vector."""
         frequency = torch.exp(torch.linspace(0, math.log(LEVEL_FREQUENCY), LEVEL_FEATURES // 2, device=sigma.device))
         angle = sigma[:, None] * frequency
         level = self.level(torch.cat([angle.cos(), angle.sin()], dim=1).to(self.places.dtype))
-        is_word = (caption_ids > 0).to(level.dtype)
-        is_word[:, 0] += (is_word.sum(1) == 0).to(level.dtype)  # an empty caption is one word number 0
-        words = (self.words(caption_ids) * is_word[..., None]).sum(1) / is_word.sum(1, keepdim=True)
-        return F.silu(level + words)
+        return F.silu(level + self.embed_caption(caption))
 
     def forward(
         self,
@@ -201,7 +231,7 @@ class VideoDiT(ModelMixin, ConfigMixin):
         sigma: Float[Tensor, " batch"],
         start: Float[Tensor, "batch channel time height width"],
         given: Float[Tensor, "batch time"],
-        caption_ids: Int[Tensor, "batch word"],
+        caption: Int[Tensor, "batch word"] | Float[Tensor, "batch channel"],
         return_dict: bool = True,
         fork: Fork | None = None,
     ) -> VideoDiTOutput | tuple[Tensor]:
@@ -209,7 +239,7 @@ class VideoDiT(ModelMixin, ConfigMixin):
 
         sample: noised clip; sigma: its noise level in (0, 1]; given: 1 for start frames, else 0;
         start: clean clip, which takes the place of the noised one where given is 1;
-        caption_ids: from `encode_captions`, all 0 for no caption.
+        caption: from `physnb.captioning`, word ids or an embedding, all 0 for no caption.
         fork: where rows become several, which have to differ by hooks on later blocks; the output has one row a copy.
         """
         mask, mean = given[:, None, :, None, None], self.config.pixel_mean
@@ -218,7 +248,7 @@ class VideoDiT(ModelMixin, ConfigMixin):
         known = (start - mean) * mask
         x = self.patchify(torch.cat([centred * (1 - mask), known, mask_channel], 1))  # [batch, token, 7 * patch]
         x = self.embed(x) + self.places  # [batch, token, width]
-        condition = self.embed_condition(sigma, caption_ids)  # [batch, width]
+        condition = self.embed_condition(sigma, caption)  # [batch, width]
         for layer, block in enumerate(self.blocks):
             if fork is not None and layer == fork.layer:
                 x, condition = x[fork.rows], condition[fork.rows]

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from physnb.config import Guidance, choose, require
 from physnb.data import Clip
-from physnb.data.impossible import kinds_for, make_impossible
 from physnb.data.takes import second_take
+from physnb.data.variants import kinds_for, make_impossible
 from physnb.likelihood import noise_levels, preference_error
 from physnb.metrics import Scores, metric_trajectory
 from physnb.metrics.colour import oversaturation

@@ -29,6 +29,7 @@ from physnb.metrics import Scores
 from physnb.model import VideoDiT
 from physnb.objectives import Objective, objective_named
 from physnb.pretrained import generate_clips
+from physnb.space import space_of
 
 MOST_ROWS = {False: 64, True: 512}  # on a CPU, on a GPU; more were no faster on a CPU
 Row = tuple[Guidance, int]  # a trial and the number of a case
@@ -119,9 +120,9 @@ class ModelSubject:
         """
         most = MOST_ROWS[self.model.device.type == "cuda"]
         part = self.cases[[0, 0]]
-        start, given, caption_ids = conditions(self.model, part, self.frames_given, part.captions)
+        start, given, caption = conditions(self.model, part, self.frames_given)
         guidance = [Guidance.from_heads([head], 1.0) for head in self.heads[:2]]
-        velocity = guided_velocity(self.model, start, given, caption_ids, guidance * (2 // len(guidance)))
+        velocity = guided_velocity(self.model, start, given, caption, guidance * (2 // len(guidance)))
         noise = torch.stack([torch.full_like(start[0], row) for row in range(2)])  # else both share one prediction
         level = torch.ones(2, device=self.model.device)
         bytes_a_row = peak_bytes(lambda: velocity(noise, level, 0.0), self.model.device) / 2
@@ -173,7 +174,8 @@ def simulated_subject(
     choose("part of a hunt", part, ("selection", "confirmation"))
     first, count = hunt.selection_cases, hunt.confirmation_cases
     numbers = range(first) if part == "selection" else range(first, first + count)
-    shape = dict(frames=model.config.frames, size=model.config.size, seed=hunt.seed)
+    space = space_of(model)
+    shape = dict(frames=space.frames, size=space.size, seed=hunt.seed)
     cases = Clip.concatenate([simulate(name, split or hunt.split, numbers, **shape) for name in hunt.scenarios])
     settings = dict(frames_given=hunt.frames_given, steps=hunt.steps, seed=hunt.seed + 1)
     return ModelSubject(model, cases, objective_named(objective or hunt.objective), **settings, others=others)

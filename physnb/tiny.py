@@ -260,7 +260,7 @@ def videodit_inputs(draw: Draw) -> dict[str, Any]:
     given = torch.zeros(draw.batch, 6)
     given[:, :2] = 1
     clips = dict(sample=draw.normal(3, 6, 20, 20), start=draw.normal(3, 6, 20, 20))
-    return clips | dict(sigma=draw.level(0.5), given=given, caption_ids=draw.integers(5, TEXT))
+    return clips | dict(sigma=draw.level(0.5), given=given, caption=draw.integers(5, TEXT))
 
 
 # fmt: off

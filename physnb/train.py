@@ -1,35 +1,41 @@
-"""Training a VideoDiT: rectified flow on simulated clips, on one process or many, resumable bit for bit."""
+"""Training a VideoDiT: rectified flow on clips of any sources, on one process or many, resumable bit for bit."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from physnb.captioning import Captioner, Captions
 from physnb.checkpoint import fingerprint
-from physnb.config import ModelConfig, TrainConfig, from_json, require, to_json
-from physnb.data import VOCABULARY, encode_captions, normal_noise, simulate_mixture, uniform_draws
+from physnb.config import ModelConfig, TextConfig, TrainConfig, from_json, require, to_json
+from physnb.data import Mixture, normal_noise, uniform_draws
+from physnb.data.catalogue import open_source, words_of_sources
 from physnb.flow import add_noise, shift_levels, velocity_loss
 from physnb.memory import keep_freed_memory
 from physnb.model import VideoDiT
 from physnb.optimizer import Muon
+from physnb.space import open_space
 from physnb.store import prepare_folder, read_json, read_tensors, write_json, write_tensors
 
 STATE_FILE = "state.safetensors"
 CONFIG_FILE = "train.json"
 EXPLODED = 50.0  # a loss this many times its running mean stops the run
 MOMENTS = ("momentum", "exp_avg", "exp_avg_sq", "step")  # what Muon and AdamW remember of a parameter's gradients
+MADE_TOGETHER = 64  # clips of training that are made at once
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
@@ -41,32 +47,66 @@ class TrainBatch:
     noise: Float[Tensor, "batch channel time height width"]
     sigma: Float[Tensor, " batch"]
     given: Float[Tensor, "batch time"]
-    caption_ids: Int[Tensor, "batch word"]
+    caption: Captions
+
+
+@lru_cache(maxsize=4)
+def training_stream(config: TrainConfig) -> Mixture:
+    """The examples that a configuration is trained on; opens its sources."""
+    space = open_space(config.model, config.codec)
+    shape = dict(frames=space.frames, size=space.size)
+    given = dict(seed=config.seed, count=config.clips or None)
+    sources = tuple(open_source(name, **shape, **given) for name in config.sources)
+    return Mixture(sources, config.source_weights, config.seed)
+
+
+def training_captioner(config: TrainConfig) -> Captioner:
+    """How the captions of a training are written and encoded: its vocabulary is that of its sources."""
+    sources = () if config.text.encoder else training_stream(config).sources
+    return Captioner(config.text, words_of_sources(sources, config.text.level))
 
 
 def make_batch(config: TrainConfig, indices: np.ndarray) -> TrainBatch:
     """Training examples number `indices`: clips, noise, noise levels, and which conditions are dropped."""
-    model, seed = config.model, config.seed
-    clip = simulate_mixture(
-        config.scenarios, config.scenario_weights, indices, frames=model.frames, size=model.size, seed=seed
-    )
+    seed, space = config.seed, open_space(config.model, config.codec)
+    clip = training_stream(config).examples(indices)
     # Neighbouring examples get well-spread noise levels: fractions of the golden ratio, less noisy than chance.
     first = uniform_draws(seed, "sigma", np.zeros(1))
     unit = torch.from_numpy((first + indices * GOLDEN_RATIO) % 1.0).float()
     sigma = shift_levels(1 - unit, config.noise_shift)  # in (0, 1]
 
-    count = np.full(len(indices), config.frames_given)
+    count = np.full(len(indices), space.given(config.frames_given))
     chance = uniform_draws(seed, "start", indices)
-    some = np.floor(uniform_draws(seed, "start/count", indices, 1, min(6, model.frames - 1) + 1)).astype(int)
+    some = np.floor(uniform_draws(seed, "start/count", indices, 1, min(6, config.model.frames - 1) + 1)).astype(int)
     count = np.where(chance < config.start_drop + config.vary_frames_given, some, count)
     count = np.where(chance < config.start_drop, 0, count)
-    given = (torch.arange(model.frames)[None] < torch.from_numpy(count)[:, None]).float()
+    given = (torch.arange(config.model.frames)[None] < torch.from_numpy(count)[:, None]).float()
 
     dropped = uniform_draws(seed, "caption", indices) < config.caption_drop
-    captions = ["" if drop else caption for drop, caption in zip(dropped, clip.captions, strict=True)]
-    clean = clip.pixels()
+    captioner = training_captioner(config)
+    written = captioner.write(clip, seed)
+    captions = ["" if drop else caption for drop, caption in zip(dropped, written, strict=True)]
+    clean = space.encode(clip)
     noise = normal_noise(seed, "noise", indices, tuple(clean.shape[1:]))
-    return TrainBatch(clean, noise, sigma, given, encode_captions(captions))
+    return TrainBatch(clean, noise, sigma, given, captioner.encode(captions))
+
+
+def make_batches(config: TrainConfig, first_step: int, place: int = 0, rows: int = 0) -> Iterator[TrainBatch]:
+    """The batches of step `first_step` and all later ones; place, rows: the share of one process, by default all.
+
+    Several are made at once, because many sources cost less for many clips. Always the same ones together, so that a
+    resumed run sees every bit of a caption's padding again.
+    """
+    rows = rows or config.batch
+    together = max(1, MADE_TOGETHER // rows)
+    for block in itertools.count(first_step // together):
+        steps = range(block * together, (block + 1) * together)
+        starts = np.array([step * config.batch + place * rows for step in steps])
+        made = make_batch(config, (starts[:, None] + np.arange(rows)).ravel())
+        for number, step in enumerate(steps):
+            if step >= first_step:
+                part = slice(number * rows, (number + 1) * rows)
+                yield TrainBatch(**{name: value[part] for name, value in vars(made).items()})
 
 
 def schedule(config: TrainConfig, step: int) -> float:
@@ -82,7 +122,11 @@ class TrainState:
     def __init__(self, config: TrainConfig, start: VideoDiT | None = None):
         self.config, self.step, self.mean_loss = config, 0, math.nan
         torch.manual_seed(config.seed)  # initial weights
-        self.model = VideoDiT(**asdict(config.model), vocabulary=VOCABULARY, noise_shift=config.noise_shift)
+        text = None if config.text == TextConfig() else asdict(config.text)
+        vocabulary = training_captioner(config).vocabulary
+        latents = dict(codec=config.codec, pixel_mean=0.0) if config.codec else {}
+        given = dict(vocabulary=vocabulary, noise_shift=config.noise_shift, text=text)
+        self.model = VideoDiT(**asdict(config.model), **given, **latents)
         if start is not None:
             self.model.load_state_dict(start.state_dict())
         self.average = {name: value.detach().clone() for name, value in self.model.named_parameters()}
@@ -203,12 +247,11 @@ def train(
     log = SummaryWriter(folder / "log", purge_step=state.step + 1) if main else None
     bar = tqdm(total=config.steps, initial=state.step, disable=not (progress and main), unit="step", mininterval=1)
 
+    batches = make_batches(config, state.step, accelerator.process_index, rows)
     last = config.steps if stop_after is None else min(config.steps, stop_after)
     while state.step < last:
-        first = state.step * config.batch + accelerator.process_index * rows
-        batch = make_batch(config, np.arange(first, first + rows))
         state.set_rates(schedule(config, state.step))
-        loss, norm = train_step(accelerator, model, optimizers, config, batch)
+        loss, norm = train_step(accelerator, model, optimizers, config, next(batches))
         check_loss(loss, norm, state, folder)
         state.step += 1
         state.mean_loss = loss if math.isnan(state.mean_loss) else 0.98 * state.mean_loss + 0.02 * loss
@@ -245,7 +288,7 @@ def check_start(config: TrainConfig, start: VideoDiT | None) -> None:
 def batch_loss(model: torch.nn.Module, batch: TrainBatch, config: TrainConfig) -> Float[Tensor, ""]:
     """The mean velocity loss of a model on one batch, over the frames it has to predict."""
     noised = add_noise(batch.clean, batch.noise, batch.sigma)
-    predicted = model(noised, batch.sigma, batch.clean, batch.given, batch.caption_ids).sample
+    predicted = model(noised, batch.sigma, batch.clean, batch.given, batch.caption).sample
     return velocity_loss(predicted, batch.clean, batch.sigma, 1 - batch.given, config.sigma_floor).mean()
 
 

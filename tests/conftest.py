@@ -81,7 +81,7 @@ def inputs(model, cases) -> dict[str, torch.Tensor]:
         sigma=torch.linspace(0.2, 1.0, len(cases)),
         start=clean,
         given=given,
-        caption_ids=encode_captions((*cases.captions[:5], "")),
+        caption=encode_captions((*cases.captions[:5], "")),
     )
 
 

@@ -29,15 +29,15 @@ EVERYTHING = Guidance(
 
 
 def velocity(model, inputs, guidance, others=None, progress=0.0):
-    run = guided_velocity(model, inputs["start"], inputs["given"], inputs["caption_ids"], guidance, others)
+    run = guided_velocity(model, inputs["start"], inputs["given"], inputs["caption"], guidance, others)
     return run(inputs["sample"], inputs["sigma"], progress)
 
 
 def clean(model, inputs, perturbation=None, caption=True):
     """One plain forward, all rows alike."""
-    ids = inputs["caption_ids"] if caption else torch.zeros_like(inputs["caption_ids"])
+    ids = inputs["caption"] if caption else torch.zeros_like(inputs["caption"])
     with torch.no_grad(), perturb(model, strength_table(model, [perturbation])):
-        return model(**inputs | dict(caption_ids=ids)).sample
+        return model(**inputs | dict(caption=ids)).sample
 
 
 def as_velocity(inputs, prediction):
@@ -322,7 +322,7 @@ def test_other_networks_see_every_input_once(model, earlier, inputs):
     assert seen == [(2, 2)]
 
 
-@pytest.mark.parametrize("name", ["sample", "sigma", "start", "given", "caption_ids"])
+@pytest.mark.parametrize("name", ["sample", "sigma", "start", "given", "caption"])
 def test_rows_that_differ_in_any_input_share_nothing(model, inputs, name):
     rows = take(inputs, [0, 0])
     assert forward_rows(model, lambda: velocity(model, rows, [OFF, OFF])) == [(1, 1)]
@@ -349,7 +349,7 @@ def test_sharing_changes_no_prediction(model, earlier, inputs, picks, progress):
         single = velocity(model, take(rows, [row]), [alone], others, progress)
         torch.testing.assert_close(found[row : row + 1], single, atol=1e-4, rtol=1e-4)
     terms = guidance_terms(guidance)
-    twins = first_twins(rows["start"], rows["given"], rows["caption_ids"])
+    twins = first_twins(rows["start"], rows["given"], rows["caption"])
     sources = same_inputs(twins, rows["sample"], rows["sigma"])
     assert len(set(sources)) == len(set(cases))
     with torch.inference_mode():

@@ -17,7 +17,8 @@ from physnb.data.impossible import (
     make_impossible,
     make_lawful,
 )
-from physnb.data.worlds import GRAVITY, frame_times
+from physnb.data.laws import GRAVITY
+from physnb.data.worlds import frame_times
 from physnb.metrics import parse_discs
 
 GIVEN, FRAMES, SIZE, CLIPS = 3, 16, 32, 8

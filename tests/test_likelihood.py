@@ -37,14 +37,14 @@ CLOSE = dict(rtol=1e-3, atol=1e-5)  # other batches, other rounding, over the sq
 class Oracle(VideoDiT):
     """Predicts the clip it is asked about: a perfect predictor."""
 
-    def forward(self, sample, sigma, start, given, caption_ids, fork=None):
+    def forward(self, sample, sigma, start, given, caption, fork=None):
         return VideoDiTOutput(sample=start)
 
 
 class Physicist(VideoDiT):
     """Predicts the lawful clip that begins with the start frames, of those it knows; contrary: never anything near."""
 
-    def forward(self, sample, sigma, start, given, caption_ids, fork=None):
+    def forward(self, sample, sigma, start, given, caption, fork=None):
         distance = (start[:, None, :, :GIVEN] - self.known[None, :, :, :GIVEN]).abs().flatten(2).sum(-1)
         return VideoDiTOutput(sample=self.known[distance.argmin(1)] * self.sign)
 

@@ -34,6 +34,7 @@ def test_numbers_are_those_of_the_design():
         "03_guidance_strength",
         "04_head_analysis",
         "05_benchmarks",
+        "06_knowledge",
         "07_pretrained",
     ]
 

@@ -65,8 +65,10 @@ def test_fingerprint_changes_with_every_entry_of_the_config(make_model):
     entries = {name: value for name, value in model.config.items() if not name.startswith("_")}
     found = {fingerprint(model)}
     for name, value in entries.items():
-        other = copy.deepcopy(model)
-        other.register_to_config(**{name: (*value, 1) if isinstance(value, (tuple, list)) else value + 1})
+        other, changed = copy.deepcopy(model), "set" if value is None else value
+        if value is not None:
+            changed = (*value, 1) if isinstance(value, (tuple, list)) else value + 1
+        other.register_to_config(**{name: changed})
         found.add(fingerprint(other))
     assert len(found) == 1 + len(entries) > 10
 

@@ -53,7 +53,7 @@ def test_conditions_are_dropped_as_often_as_asked():
     batch = make_batch(settings(start_drop=0.2, caption_drop=0.3, vary_frames_given=0.5), np.arange(2000))
     counts = batch.given.sum(1)
     assert float((counts == 0).float().mean()) == pytest.approx(0.2, abs=0.04)
-    assert float((batch.caption_ids == 0).all(1).float().mean()) == pytest.approx(0.3, abs=0.05)
+    assert float((batch.caption == 0).all(1).float().mean()) == pytest.approx(0.3, abs=0.05)
     assert float((counts == 3).float().mean()) == pytest.approx(0.3 + 0.5 / 6, abs=0.05)
     assert set(counts.tolist()) == {0, 1, 2, 3, 4, 5, 6}
     # start frames are the first ones, without a gap
@@ -112,7 +112,7 @@ def test_training_learns(tmp_path):
     def loss(model):
         with torch.no_grad():
             noised = add_noise(batch.clean, batch.noise, batch.sigma)
-            predicted = model(noised, batch.sigma, batch.clean, batch.given, batch.caption_ids).sample
+            predicted = model(noised, batch.sigma, batch.clean, batch.given, batch.caption).sample
             return float(velocity_loss(predicted, batch.clean, batch.sigma, 1 - batch.given, config.sigma_floor).mean())
 
     before = loss(TrainState(config).averaged_model())
@@ -290,4 +290,4 @@ def test_huge_learning_rate_stops_and_keeps_a_state_that_loads(tmp_path):
 
 def test_encode_captions_of_dropped_rows_are_zero():
     batch = make_batch(settings(caption_drop=1.0), np.arange(4))
-    assert torch.equal(batch.caption_ids, encode_captions([""] * 4))
+    assert torch.equal(batch.caption, encode_captions([""] * 4))

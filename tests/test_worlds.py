@@ -3,8 +3,9 @@ import pytest
 import torch
 
 from physnb.config import SCENARIOS, SPLITS
-from physnb.data import FRAME_STEP_S, WORLD_SIZE, Clip, render, simulate, simulate_mixture
-from physnb.data.worlds import FIRST_FRAME_S, GRAVITY
+from physnb.data import FRAME_STEP_S, WORLD_SIZE, Clip, render, simulate
+from physnb.data.laws import GRAVITY
+from physnb.data.worlds import FIRST_FRAME_S
 from physnb.metrics import parse_discs
 
 R_RANGES = {  # metrics.md, section 2.1 and 2.2
@@ -30,21 +31,6 @@ def test_clip_alone_is_the_clip_in_a_batch(scenario, split, frames, size):
     assert batch.frames.shape == (24, frames, size, size, 3)
     for i in (0, 7, 23):
         assert_same_clips(simulate(scenario, split, [i], frames=frames, size=size, seed=3), batch[i : i + 1])
-
-
-def test_mixture_clip_alone_is_the_clip_in_a_batch():
-    def mixture(indices):
-        return simulate_mixture(SCENARIOS, (1.0, 1.0, 2.0), indices, frames=8, size=16, seed=5)
-
-    batch = mixture(range(40))
-    for i in (0, 11, 39):
-        assert_same_clips(mixture([i]), batch[i : i + 1])
-
-
-def test_mixture_draws_scenarios_by_weight():
-    scenarios = simulate_mixture(SCENARIOS, (1.0, 1.0, 2.0), range(1000), frames=2, size=8, seed=0).scenarios
-    shares = [scenarios.count(name) / 1000 for name in SCENARIOS]
-    assert shares == pytest.approx([0.25, 0.25, 0.5], abs=0.06)  # four standard deviations
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
@@ -218,7 +204,7 @@ def test_disc_leaving_the_box_is_cut_off_not_wrapped():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(scenario="pendulum"), "unknown scenario 'pendulum'; choose one of uniform, parabola, collision"),
+        (dict(scenario="pendulums"), "unknown scenario 'pendulums'; choose one of uniform, parabola, collision"),
         (dict(split="test"), "unknown split 'test'; choose one of train, id, ood"),
         (dict(edge="soft"), "unknown edge 'soft'; choose one of coverage, phyworld"),
         (dict(indices=[-1]), "indices must be given and not be negative"),

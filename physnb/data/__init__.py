@@ -1,12 +1,24 @@
-"""Sources of Clips."""
+"""Sources of Clips.
 
-from physnb.data.captions import CAPTIONS, VOCABULARY, encode_captions
+clips                              the one noun: frames and what is known about them
+worlds, laws, scenery, phenomena   simulators: phyworld's worlds, nine phenomena, how they move and look
+templates, fluids                  simulators that need an engine: bodies that meet, smoke and flame
+phyworld, videos, decoding         files: phyworld's HDF5, folders of real videos
+sources                            one interface for all of them, and mixtures as one reproducible stream
+captions                           what a clip is said to show
+takes, impossible, unlawful        second takes; clips that break a law
+"""
+
+from physnb.data.captions import CAPTIONS, VOCABULARY, encode_captions, vocabulary_of, write_captions
 from physnb.data.clips import DISC_COLOURS, FRAME_STEP_S, WORLD_SIZE, Clip, DiscState
 from physnb.data.random import hash_draws, normal_noise, uniform_draws
+from physnb.data.simulators import SimulatedSource, simulate
+from physnb.data.sources import Mixture, Source
 from physnb.data.takes import second_take
-from physnb.data.worlds import render, simulate, simulate_mixture
+from physnb.data.worlds import render
 
 __all__ = [
-    "CAPTIONS", "DISC_COLOURS", "FRAME_STEP_S", "VOCABULARY", "WORLD_SIZE", "Clip", "DiscState", "encode_captions",
-    "hash_draws", "normal_noise", "render", "second_take", "simulate", "simulate_mixture", "uniform_draws",
+    "CAPTIONS", "DISC_COLOURS", "FRAME_STEP_S", "VOCABULARY", "WORLD_SIZE", "Clip", "DiscState", "Mixture",
+    "SimulatedSource", "Source", "encode_captions", "hash_draws", "normal_noise", "render", "second_take", "simulate",
+    "uniform_draws", "vocabulary_of", "write_captions",
 ]  # fmt: skip

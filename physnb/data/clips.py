@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -54,6 +55,7 @@ class Clip:
     frames: RGB, row 0 at the top. captions, scenarios, buckets: one string a clip; bucket is "id" or which quantity
     lies out of the training distribution ("r", "v" or "rv"). indices: the clip's number in its (seed, split) world.
     state: the truth, where a simulator made the clip; a generated clip has none.
+    parameters: what is known of each clip in numbers, by name ("speed", "length" ...); empty where nothing is.
     """
 
     frames: UInt8[Tensor, "batch time height width 3"]
@@ -63,14 +65,16 @@ class Clip:
     indices: Int[Tensor, " batch"]
     fps: float = 1 / FRAME_STEP_S
     state: DiscState | None = None
+    parameters: tuple[Mapping[str, float], ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "parameters", tuple(self.parameters) or ({},) * len(self.frames))
         require(self.frames.dtype == torch.uint8, f"clip frames must be uint8, got {self.frames.dtype}")
         require(
             self.frames.ndim == 5 and self.frames.shape[-1] == 3,
             f"clip frames must be [batch, time, height, width, 3], got {tuple(self.frames.shape)}",
         )
-        for name in ("captions", "scenarios", "buckets", "indices"):
+        for name in ("captions", "scenarios", "buckets", "indices", "parameters"):
             have = len(getattr(self, name))
             require(have == len(self), f"clip has {len(self)} videos but {have} {name}")
 
@@ -89,6 +93,7 @@ class Clip:
             buckets=tuple(self.buckets[i] for i in numbers),
             indices=self.indices[numbers],
             state=None if self.state is None else self.state[numbers],
+            parameters=tuple(self.parameters[i] for i in numbers),
         )
 
     @staticmethod
@@ -109,6 +114,7 @@ class Clip:
             indices=torch.cat([clip.indices for clip in clips]),
             fps=clips[0].fps,
             state=None if any(s is None for s in states) else DiscState.concatenate(states),
+            parameters=sum((clip.parameters for clip in clips), ()),
         )
 
     def pixels(self) -> Float[Tensor, "batch 3 time height width"]:

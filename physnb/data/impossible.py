@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 
 import numpy as np
@@ -22,8 +22,9 @@ from torch import Tensor
 
 from physnb.config import choose, require
 from physnb.data.clips import WORLD_SIZE, Clip, DiscState
+from physnb.data.laws import GRAVITY
 from physnb.data.random import hash_draws
-from physnb.data.worlds import EDGES, GRAVITY, frame_times, render
+from physnb.data.worlds import EDGES, frame_times, render
 
 VISIBLE_EDIT = 0.5  # world units: a disc that is never further from its lawful place than this has not broken a law
 SAME_AREA = 0.05  # how far the covered area of a variant may be from that of its clip, as a share
@@ -247,12 +248,23 @@ def make_lawful(clip: Clip, kind: str, *, frames_given: int = 3, seed: int = 0) 
     return make_variants(clip, kind, edit, frames_given)
 
 
-def make_variants(clip: Clip, kind: str, edit: Callable[[DiscState, str, int], Edit], frames_given: int) -> Variants:
-    """The clips with the state that edit(state, scenario, index) gives each of them, drawn where it says so."""
+def make_variants(
+    clip: Clip,
+    kind: str,
+    edit: Callable[[DiscState, str, int], Edit],
+    frames_given: int,
+    scene: Callable[[DiscState], UInt8[Tensor, "batch time height width 3"]] | None = None,
+) -> Variants:
+    """The clips with the state that edit(state, scenario, index) gives each of them, drawn where it says so.
+
+    scene: how a state is drawn; None: discs on white, as the worlds draw them.
+    """
     require(clip.state is not None, "variants are made from the true state; take the clip from a simulator")
     time, height, width = clip.frames.shape[1:4]
     require(1 <= frames_given <= time - 2, f"frames given must be in [1, {time - 2}], got {frames_given}")
-    edge = next((e for e in EDGES if height == width and torch.equal(render(clip.state, width, e), clip.frames)), None)
+    ways = {"coverage": scene} if scene else {edge: partial(draw, size=width, edge=edge) for edge in EDGES}
+    own = (edge for edge, show in ways.items() if height == width and torch.equal(show(clip.state), clip.frames))
+    edge = next(own, None)
     require(edge is not None, "variants are rendered anew: the clip must show its own state, as a simulator draws it")
     rows = zip(range(len(clip)), clip.scenarios, clip.indices.tolist(), strict=True)
     edits = [edit(clip.state[row : row + 1], scenario, index) for row, scenario, index in rows]
@@ -260,8 +272,9 @@ def make_variants(clip: Clip, kind: str, edit: Callable[[DiscState, str, int], E
     state = DiscState.concatenate(list(states))
     begins = torch.tensor([time if reason else frame for frame, reason in zip(first, reasons, strict=True)])
     changed = torch.arange(time) >= begins[:, None]  # [clip, time]
-    frames = torch.where(changed[:, :, None, None, None], draw(state, width, edge), clip.frames)
-    area, true_area = ((255 - f[:, frames_given:].amin(-1).float()).sum((1, 2, 3)) for f in (frames, clip.frames))
+    frames = torch.where(changed[:, :, None, None, None], ways[edge](state), clip.frames)
+    discs = (draw(s, width, edge)[:, frames_given:] for s in (state, clip.state))
+    area, true_area = ((255 - f.amin(-1).float()).sum((1, 2, 3)) for f in discs)
     ratio = torch.where(begins < time, area / true_area, torch.nan)
     return Variants(kind, replace(clip, frames=frames, state=state), reasons, ratio, frames_given)
 
@@ -329,14 +342,19 @@ def break_law(state: DiscState, kind: str, scenario: str, index: int, frames_giv
     ways = ways_to_break(state, KINDS[kind], scenario, frames_given)
     if ways is None:
         return state, None, "the impact lies within the frames given, or leaves no frame after it"
-    edited = KINDS[kind].edit(ways)
+    return pick_way(ways, KINDS[kind].edit(ways), f"{kind}/{scenario}/{index}", seed, overlap=kind == "pass_through")
+
+
+def pick_way(ways: Break, edited: DiscState, stream: str, seed: int, *, overlap: bool = False) -> Edit:
+    """One of the ways that show and that the box can hold, drawn by (seed, stream); overlap: discs may."""
     shows, fits = visible(ways, edited), in_view(ways, edited)
-    if kind != "pass_through":
+    if not overlap:
         fits &= ~(overlapping(edited) & ways.after).any(1)
     if not (shows & fits).any():
         held = "the box cannot hold the edit"
-        return state, None, held if shows.any() else "the discs are too slow or too far out for it to show"
-    order = np.argsort(hash_draws(seed, f"{kind}/{scenario}/{index}", np.arange(len(shows))))
+        unshown = "the discs are too slow or too far out for it to show"
+        return ways.state[:1], None, held if shows.any() else unshown
+    order = np.argsort(hash_draws(seed, stream, np.arange(len(shows))))
     way = next(int(k) for k in order if shows[k] and fits[k])
     return edited[way : way + 1], int(ways.first[way]), None
 

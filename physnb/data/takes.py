@@ -15,8 +15,9 @@ from jaxtyping import Float, Int
 
 from physnb.config import SCENARIOS, choose, require
 from physnb.data.clips import FRAME_STEP_S, WORLD_SIZE, Clip, DiscState
+from physnb.data.laws import GRAVITY, elastic_collision
 from physnb.data.random import uniform_draws
-from physnb.data.worlds import GRAVITY, elastic_collision, frame_times, render
+from physnb.data.worlds import frame_times, render
 
 SPEED_JITTER = 0.01  # share of a disc's own speed
 POSITION_JITTER = 0.5 * WORLD_SIZE / 32  # world units: half a pixel of a 32-pixel frame

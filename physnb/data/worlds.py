@@ -24,10 +24,10 @@ from torch import Tensor
 from physnb.config import SCENARIOS, SPLITS, choose, require
 from physnb.data.captions import CAPTIONS
 from physnb.data.clips import FRAME_STEP_S, WORLD_SIZE, Clip, DiscState
+from physnb.data.laws import GRAVITY, elastic_collision
 from physnb.data.random import uniform_draws
 
 FIRST_FRAME_S = 0.01  # phyworld records frame 0 after one physics step
-GRAVITY = 2.5  # world units / s^2, downward
 VISIBLE_FRAMES = 24  # phyworld's NUM_MIN_FRAMES
 MAX_ATTEMPTS = 200  # draws of a collision before giving up; the box rejects large fast pairs
 EDGES = ("coverage", "phyworld")
@@ -101,12 +101,6 @@ def _one_disc(scenario: str, draws: Draws, bucket: np.ndarray, frames: int) -> d
     velocities[:, :, 0, 1] = -gravity * t
     radii = np.stack([radius, np.full_like(radius, np.nan)], 1)
     return dict(positions=positions, velocities=velocities, radii=radii, impact_time_s=np.full_like(radius, np.nan))
-
-
-def elastic_collision(mass_1, mass_2, velocity_1, velocity_2):
-    """Velocities after a head-on elastic impact: momentum and kinetic energy are conserved."""
-    centre = (mass_1 * velocity_1 + mass_2 * velocity_2) / (mass_1 + mass_2)
-    return 2 * centre - velocity_1, 2 * centre - velocity_2
 
 
 def _two_discs(draws: Draws, bucket: np.ndarray, frames: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -204,13 +198,21 @@ def render(state: DiscState, size: int, edge: str = "coverage") -> UInt8[Tensor,
     return torch.from_numpy(canvas.reshape(batch, time, 3, size, size)).permute(0, 1, 3, 4, 2)
 
 
-def simulate(
+def world_parameters(scenario: str, state: DiscState) -> tuple[dict[str, float], ...]:
+    """Radii (world units) and speeds along x at the start (units/s) of each clip, by name."""
+    names = ("",) if scenario != "collision" else ("_1", "_2")
+    radii, speeds = state.radii.tolist(), state.velocities[:, 0, :, 0].abs().tolist()
+    return tuple(
+        {f"radius{end}": r for end, r in zip(names, radius, strict=False)}
+        | {f"speed{end}": v for end, v in zip(names, speed, strict=False)}
+        for radius, speed in zip(radii, speeds, strict=True)
+    )
+
+
+def simulate_world(
     scenario: str, split: str, indices, *, frames: int, size: int, seed: int = 0, edge: str = "coverage"
 ) -> Clip:
-    """Clips number `indices` of a scenario: split "train", "id" (same ranges, other clips) or "ood" (other ranges).
-
-    Clip i is the same alone or in any batch. Raises ValueError for an unknown scenario, split or edge, or a bad size.
-    """
+    """Clips number `indices` of a phyworld world, as `physnb.data.simulate` gives them."""
     indices = np.asarray(indices, dtype=np.int64)
     state, buckets = sample_states(scenario, split, seed, indices, frames)
     return Clip(
@@ -220,20 +222,5 @@ def simulate(
         buckets=tuple(buckets.tolist()),
         indices=torch.from_numpy(indices),
         state=state,
+        parameters=world_parameters(scenario, state),
     )
-
-
-def simulate_mixture(
-    scenarios: tuple[str, ...], weights: tuple[float, ...], indices, *, frames: int, size: int, seed: int
-) -> Clip:
-    """Training clips whose scenario is drawn by `weights`; clip i is the same in any batch."""
-    indices = np.asarray(indices, dtype=np.int64)
-    edges = np.cumsum(weights) / np.sum(weights)
-    kind = np.minimum(np.searchsorted(edges, uniform_draws(seed, "mixture", indices), side="right"), len(edges) - 1)
-    parts = [
-        simulate(name, "train", indices[kind == number], frames=frames, size=size, seed=seed)
-        for number, name in enumerate(scenarios)
-        if np.any(kind == number)
-    ]
-    order = np.concatenate([np.flatnonzero(kind == number) for number in range(len(scenarios))])
-    return Clip.concatenate(parts)[torch.from_numpy(np.argsort(order))]

@@ -10,6 +10,7 @@ from physnb.plots.heads import (
 )
 from physnb.plots.hunting import plot_differences, plot_head_map, plot_promises, plot_ranking
 from physnb.plots.judging import plot_correlations, plot_ladder, plot_sensitivity
+from physnb.plots.knowledge import plot_arms
 from physnb.plots.strength import plot_surface, plot_surfaces
 from physnb.plots.style import (
     cell_boxes,
@@ -33,6 +34,7 @@ __all__ = [
     "interval_text",
     "method_colour",
     "new_figure",
+    "plot_arms",
     "plot_clips",
     "plot_contributions",
     "plot_correlations",

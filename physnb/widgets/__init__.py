@@ -6,6 +6,7 @@
     strength    any weight and strength: clips at once, effects with intervals, points computed on demand
     heads       a layer x head map to click, and everything known of the head that was clicked
     choosing    two clips side by side: which moves more lawfully?
+    phenomena   every scenario, lawful or not, with what is said of it
 
 Every control takes the keyboard, and errors show where one pressed. Each instrument stands below a plain figure of the
 same content, for papermill, the report and readers without a kernel.
@@ -15,6 +16,7 @@ from physnb.widgets.actions import Cancelled, long_action
 from physnb.widgets.browsing import browse
 from physnb.widgets.choosing import choice_widget, draw_pair
 from physnb.widgets.heads import HeadMap, browse_heads
+from physnb.widgets.phenomena import browse_phenomena
 from physnb.widgets.strength import browse_strength
 from physnb.widgets.watching import watch_hunt
 
@@ -23,6 +25,7 @@ __all__ = [
     "HeadMap",
     "browse",
     "browse_heads",
+    "browse_phenomena",
     "browse_strength",
     "choice_widget",
     "draw_pair",

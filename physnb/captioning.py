@@ -35,8 +35,7 @@ class Captioner:
         captions = list(captions)
         if not self.text.encoder:
             return encode_captions(captions, self.vocabulary)
-        embedded = load_text_encoder(self.text.encoder).embed(captions)
-        return embedded * embedded.new_tensor([[bool(caption)] for caption in captions])
+        return load_text_encoder(self.text.encoder).embed(captions)
 
 
 def captioner_of(model: VideoDiT) -> Captioner:

@@ -47,7 +47,8 @@ ALLOWED = {  # data and metrics are one module each; `__init__` is what `import 
     "optimizer": "",
     "train": "captioning checkpoint config data flow memory model optimizer space store",
     "objectives": "config data likelihood metrics model",
-    "subjects": "checkpoint config data families generate guidance guide memory metrics model objectives pretrained space",
+    "subjects": "checkpoint config data families generate guidance guide memory metrics model objectives pretrained "
+    "space",
     "trials": "config store subjects",
     "executors": "config memory subjects trials",
     "search": "config objectives statistics store trials",
@@ -59,8 +60,8 @@ ALLOWED = {  # data and metrics are one module each; `__init__` is what `import 
     "analysis": "config data families flow generate hooks model statistics",
     "pictures": "config data plots",
     "attention_pictures": "analysis config data",
-    "widgets": "analysis attention_pictures choices config confirm data metrics pictures plots profiles search strength "
-    "trials",
+    "widgets": "analysis attention_pictures choices config confirm data metrics pictures plots profiles search "
+    "strength trials",
     "results": "plots store",
     "tables": "",
     "runs": "config results store tables",
@@ -68,11 +69,14 @@ ALLOWED = {  # data and metrics are one module each; `__init__` is what `import 
     "knowledge": "config data evaluate generate likelihood metrics model statistics",
     "scaling": "bench config data model",
     "bench": "config data memory model train",
+    "bench_data": "bench config data memory train",
     "bench_heads": "bench config flow guidance hooks memory model",
     "bench_hunt": "bench config flow generate hooks memory model search subjects trials",
     "standings": "bench config data ladder metrics",
-    "__main__": "bench bench_heads bench_hunt checkpoint config confirm data evaluate executors generate metrics plots "
-    "pretrained runs search space standings store subjects sweeps tables text train trials",
+    "commands": "bench bench_data bench_heads bench_hunt checkpoint codec config confirm data evaluate executors "
+    "generate metrics plots pretrained runs scaling search space standings store subjects sweeps "
+    "text train trials",
+    "__main__": "commands config tables",
 }
 ONLY_IN = {"matplotlib": {"plots", "widgets"}, "ipywidgets": {"widgets"}, "papermill": {"runs"}}
 

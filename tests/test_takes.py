@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from physnb.config import SCENARIOS, SPLITS
 from physnb.data import WORLD_SIZE, Clip, DiscState, simulate
-from physnb.data.takes import POSITION_JITTER, SPEED_JITTER, second_take
 from physnb.data.laws import GRAVITY
+from physnb.data.takes import POSITION_JITTER, SPEED_JITTER, second_take
 from physnb.data.worlds import frame_times
 
 

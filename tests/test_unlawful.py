@@ -1,5 +1,7 @@
 """Phenomena that break their law: only after the start frames, visibly, and seen by the law's residual."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -68,4 +70,4 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match="unknown phenomenon 'uniform'"):
         make_unlawful(simulate("uniform", "id", [0], frames=16, size=32), "teleport")
     with pytest.raises(ValueError, match="must show its own state"):
-        make_unlawful(Clip(255 - TRUE["orbit"].frames, *(getattr(TRUE["orbit"], n) for n in ("captions", "scenarios", "buckets", "indices")), state=TRUE["orbit"].state, parameters=TRUE["orbit"].parameters), "teleport")  # fmt: skip
+        make_unlawful(replace(TRUE["orbit"], frames=255 - TRUE["orbit"].frames), "teleport")

@@ -186,7 +186,7 @@ def paraphrase(knowledge: Knowledge, label: str, parameters: Mapping[str, float]
 def vocabulary_of(scenarios: tuple[str, ...], level: str) -> tuple[str, ...]:
     """Every word that captions of these scenarios can have at a level, sorted."""
     choose("caption level", level, CAPTION_LEVELS)
-    if level == "none":
+    if level == "none" or not scenarios:
         return ()
     texts: list[str] = []
     for scenario in scenarios:

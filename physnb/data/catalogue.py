@@ -21,11 +21,19 @@ NAMES = (*SIMULATED, *FLUIDS, "templates", "phyworld:FILE", "videos:FOLDER")
 
 
 def open_source(
-    name: str, *, frames: int, size: int, split: str = "train", seed: int = 0, count: int | None = None
+    name: str,
+    *,
+    frames: int,
+    size: int,
+    split: str = "train",
+    seed: int = 0,
+    count: int | None = None,
+    cache: str | None = None,
 ) -> Source:
     """The source called `name`, giving clips of `frames` frames of `size` x `size` pixels; videos are decoded now.
 
-    count: how many clips a scenario has; None: as many as one likes. The other sources have their own counts.
+    count: how many clips a simulated source has; None: of scenarios as many as one likes, of fluids their default.
+    cache: folder of what fluids and videos compute once, if not their own.
     Raises ValueError for an unknown name, and what the source says of its file or folder.
     """
     kind, _, where = name.partition(":")
@@ -42,14 +50,14 @@ def open_source(
         option, _, number = option.partition("=")
         many = {} if not option else {option: int(number) if number.isdigit() else 0}
         require(set(many) <= {"clips_per_video"}, f"source {name!r} has an option {option!r}; there is clips_per_video")
-        source = VideoSource(folder, **shape, **drawn, **many)
+        source = VideoSource(folder, **shape, **drawn, **many, cache=cache)
         source.prepare()
         return source
     require(not where and kind in NAMES, f"unknown source {name!r}; choose one of {', '.join(NAMES)}")
     if kind in FLUIDS:
         from physnb.data.fluids import FluidSource
 
-        return FluidSource(kind, **shape, **drawn)
+        return FluidSource(kind, **shape, **drawn, cache=cache, **({} if count is None else dict(count=count)))
     if kind == "templates":
         from physnb.data.templates import TemplateSource
 

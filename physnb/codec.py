@@ -27,9 +27,9 @@ from tqdm import tqdm
 from physnb.checkpoint import fingerprint
 from physnb.config import SCENARIOS, choose, require
 from physnb.data import Clip, Mixture, Source, simulate, uniform_draws
+from physnb.hub import INDEX, LOADING_ERRORS, TINY, check_source, first_line
 from physnb.memory import keep_freed_memory
 from physnb.metrics import Scores, metric_trajectory
-from physnb.pretrained import INDEX, LOADING_ERRORS, TINY, check_source, first_line
 from physnb.store import read_json, write_json, written_whole
 from physnb.tiny_pipelines import tiny_pipeline
 

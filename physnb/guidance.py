@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from physnb.config import Guidance, LayerSkip, OtherModel, Perturbation, Weak, choose
+from physnb.config import Guidance, LayerSkip, OtherModel, Perturbation, Weak, choose, require
 from physnb.flow import ClipTensor, Levels, velocity_from_clean
 from physnb.hooks import first_layer, perturb, skip_layers, strength_tables
 from physnb.model import Fork, VideoDiT
@@ -101,11 +101,16 @@ def guided_velocity(
 
     C, U and every P of the model run in one batch: a P leaves its C at the first layer in which they differ, rows that
     see the same input share one C, and rows that ask for nothing cost nothing. others: the networks that OtherModel
-    names. Raises ValueError for a head, layer or network that is not there.
+    names. Raises ValueError for a head, layer or network that is not there, or a network that reads other captions.
     """
     others = dict(others or {})
     for weak in (w for g in guidance for _, w in g.weak if isinstance(w, OtherModel)):
-        choose("guiding model", weak.name, others)
+        config = others[choose("guiding model", weak.name, others)].config
+        require(
+            config.vocabulary == model.config.vocabulary and config.text == model.config.text,
+            f"guiding model {weak.name!r} reads other captions than the model that it guides; use one that was trained "
+            "with the same sources and caption settings",
+        )
     terms = guidance_terms(guidance)
     twins = first_twins(start, given, caption)
 

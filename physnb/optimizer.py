@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from physnb.sharding import gather, shard_like
+
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # a, b, c of x -> a x + b x^3 + c x^5: steep at 0, singular values near 1
 ITERATIONS = 5
 MATCHED_RMS = 0.2  # of an update's entries at learning rate 1: that of AdamW's (Liu et al. 2025, eq. 4)
@@ -62,7 +64,8 @@ class Muon(torch.optim.Optimizer):
                 wide = (parameter, ahead) if ahead.shape[0] <= ahead.shape[1] else (parameter.T, ahead.T)
                 of_shape[wide[1].shape].append(wide)
             for shape, pairs in of_shape.items():
-                updates = orthogonal_factor(torch.stack([ahead for _, ahead in pairs]))
+                # The factor of a shard is not a shard of the factor.
+                updates = orthogonal_factor(gather(torch.stack([ahead for _, ahead in pairs])))
                 for (parameter, _), update in zip(pairs, updates, strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.add_(update, alpha=-group["lr"] * MATCHED_RMS * max(shape) ** 0.5)
+                    parameter.add_(shard_like(update, parameter), alpha=-group["lr"] * MATCHED_RMS * max(shape) ** 0.5)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import numpy as np
 import torch
 from diffusers import AutoModel, DiffusionPipeline, ModularPipeline
 from jaxtyping import Float
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from physnb.checkpoint import CONFIG, load_model
@@ -23,15 +21,12 @@ from physnb.families import FAMILIES, REFUSED, attention_layers, family_of, head
 from physnb.guide import Progress, batches_predictions, transformers_of, watched
 from physnb.guider import broken_heads
 from physnb.hooks import IDENTITY, check_model
+from physnb.hub import INDEX, LOADING_ERRORS, TINY, check_source, first_line
 from physnb.store import read_json
 from physnb.tiny import tiny_model
 from physnb.tiny_pipelines import tiny_pipeline
 
-TINY = "tiny:"
-INDEX = "model_index.json"  # what makes a folder a pipeline
 OTHERS = {"none": "video only", "first": "others, then video", "last": "video, then others"}
-# What diffusers, transformers and safetensors raise for a source that is not what they expect.
-LOADING_ERRORS = (OSError, ValueError, AttributeError, KeyError, ImportError, TypeError, SafetensorError)
 
 
 def load_transformer(source: str | Path) -> nn.Module:
@@ -80,16 +75,6 @@ def load_pipeline(source: str | Path, **settings: Any) -> DiffusionPipeline:
         raise ValueError(f"no pipeline could be loaded from {source}: {first_line(error)}") from None
 
 
-def check_source(source: str) -> Path:
-    """`source` as a path; raises ValueError unless it is a folder or reads like a hub id."""
-    folder = Path(source)
-    require(
-        folder.is_dir() or (re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None and not folder.exists()),
-        f"model {source} does not exist; name a folder, a hub id (owner/name) or {TINY}NAME",
-    )
-    return folder
-
-
 def check_index(folder: Path, replaced: dict[str, Any]) -> None:
     """Raise ValueError unless a folder holds a pipeline of diffusers with all components that are not `replaced`."""
     require(
@@ -109,11 +94,6 @@ def check_index(folder: Path, replaced: dict[str, Any]) -> None:
             not saved or part in replaced or (folder / part).is_dir(),
             f"the pipeline in {folder} lacks its {part}; copy the folder again",
         )
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its type if it has none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def head_report(model: nn.Module) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForTextEncoding, AutoTokenizer, Pr
 
 from physnb.checkpoint import fingerprint
 from physnb.config import require
-from physnb.pretrained import INDEX, LOADING_ERRORS, TINY, check_source, first_line
+from physnb.hub import INDEX, LOADING_ERRORS, TINY, check_source, first_line
 from physnb.store import Database
 from physnb.tiny_pipelines import tiny_pipeline
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator, DistributedType, PartialState
 from jaxtyping import Float
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
@@ -28,6 +28,7 @@ from physnb.flow import add_noise, shift_levels, velocity_loss
 from physnb.memory import keep_freed_memory
 from physnb.model import VideoDiT
 from physnb.optimizer import Muon
+from physnb.sharding import gather, shard_like
 from physnb.space import open_space
 from physnb.store import prepare_folder, read_json, read_tensors, write_json, write_tensors
 
@@ -36,6 +37,7 @@ CONFIG_FILE = "train.json"
 EXPLODED = 50.0  # a loss this many times its running mean stops the run
 MOMENTS = ("momentum", "exp_avg", "exp_avg_sq", "step")  # what Muon and AdamW remember of a parameter's gradients
 MADE_TOGETHER = 64  # clips of training that are made at once
+CHECKPOINTED = "_checkpoint_wrapped_module."  # what activation checkpointing puts into the names of weights
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
@@ -129,7 +131,7 @@ class TrainState:
         self.model = VideoDiT(**asdict(config.model), **given, **latents)
         if start is not None:
             self.model.load_state_dict(start.state_dict())
-        self.average = {name: value.detach().clone() for name, value in self.model.named_parameters()}
+        self.average = self.copy_weights()
         layers = [part for block in self.model.blocks for part in (block.attn, block.mlp)]
         matrices = [p for layer in layers for p in layer.parameters() if p.ndim == 2]
         others = set(self.model.parameters()).difference(matrices)
@@ -144,6 +146,24 @@ class TrainState:
         )
         self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
 
+    def prepare(self, accelerator: Accelerator) -> tuple[torch.nn.Module, list]:
+        """Model and optimisers as the accelerator trains them; FSDP2 makes shards of this state's weights.
+
+        Comes before `load`: moments of whole weights would be lost.
+        """
+        self.model.to(accelerator.device)
+        model, *optimizers = accelerator.prepare(self.model, *self.optimizers)
+        self.average = self.copy_weights()
+        return model, optimizers
+
+    def weights(self) -> dict[str, torch.nn.Parameter]:
+        """The parameters by the names that they have in a model without activation checkpointing."""
+        return {name.replace(CHECKPOINTED, ""): value for name, value in self.model.named_parameters()}
+
+    def copy_weights(self) -> dict[str, Tensor]:
+        """The weights of now, cut over processes as the parameters are."""
+        return {name: value.detach().clone() for name, value in self.weights().items()}
+
     def set_rates(self, share: float) -> None:
         """Every learning rate at a share of its peak."""
         for optimizer, peaks in zip(self.optimizers, self.peaks, strict=True):
@@ -153,46 +173,55 @@ class TrainState:
     def update_average(self) -> None:
         """Exponential moving average of the weights, with a shorter memory at the start."""
         decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
-        parameters = dict(self.model.named_parameters())
+        parameters = self.weights()
         torch._foreach_lerp_(
             [self.average[name] for name in parameters], [p.detach() for p in parameters.values()], 1 - decay
         )
 
     def averaged_model(self) -> VideoDiT:
-        """A copy of the model with the averaged weights, ready to generate."""
+        """A whole copy of the model with the averaged weights, ready to generate; all processes have to call this."""
         model = VideoDiT(**{k: v for k, v in self.model.config.items() if not k.startswith("_")})
-        model.load_state_dict(self.average)
+        model.load_state_dict({name: gather(value) for name, value in self.average.items()})
         return model.to(self.model.device).eval()
 
     def moments(self, parameter: torch.nn.Parameter) -> dict[str, Tensor]:
         """What the optimiser of `parameter` remembers of its gradients."""
         return next(o for o in self.optimizers if parameter in o.state).state[parameter]
 
-    def save(self, path: Path) -> None:
-        tensors = {}
-        for name, parameter in self.model.named_parameters():
-            tensors[f"model.{name}"] = parameter.detach().cpu()
-            tensors[f"average.{name}"] = self.average[name].cpu()
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Weights, average and moments, by their names in a saved state."""
+        for name, parameter in self.weights().items():
+            yield f"model.{name}", parameter.detach()
+            yield f"average.{name}", self.average[name]
             for moment, value in self.moments(parameter).items():
-                tensors[f"{moment}.{name}"] = value.cpu()
-        progress = dict(step=str(self.step), mean_loss=repr(self.mean_loss), config=to_json(self.config))
-        write_tensors(path, tensors, progress)
+                yield f"{moment}.{name}", value
+
+    def save(self, path: Path, write: bool = True) -> None:
+        """Write what `load` reads, the same file sharded or not; all processes have to call this, and one writes."""
+        tensors = {}
+        for name, value in self.tensors():
+            whole = gather(value)
+            if write:
+                tensors[name] = whole.cpu()
+        if write:
+            progress = dict(step=str(self.step), mean_loss=repr(self.mean_loss), config=to_json(self.config))
+            write_tensors(path, tensors, progress)
 
     def load(self, path: Path) -> None:
         """Continue from `path`; raises ValueError if it is damaged or belongs to another configuration."""
         tensors, progress = read_tensors(path)
         require(progress.get("config") == to_json(self.config), f"{path} was saved with another configuration")
         self.step, self.mean_loss = int(progress["step"]), float(progress["mean_loss"])
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        names = {parameter: name for name, parameter in self.weights().items()}
         with torch.no_grad():
             for parameter, name in names.items():
-                parameter.copy_(tensors[f"model.{name}"])
-                self.average[name].copy_(tensors[f"average.{name}"])
+                parameter.copy_(shard_like(tensors[f"model.{name}"], parameter))
+                self.average[name].copy_(shard_like(tensors[f"average.{name}"], parameter))
             for optimizer in self.optimizers:
                 for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-                    moments = (name for name in MOMENTS if f"{name}.{names[parameter]}" in tensors)
+                    found = {name: tensors.get(f"{name}.{names[parameter]}") for name in MOMENTS}
                     optimizer.state[parameter] = {
-                        name: tensors[f"{name}.{names[parameter]}"].to(parameter.device) for name in moments
+                        name: shard_like(value, parameter) for name, value in found.items() if value is not None
                     }
 
 
@@ -213,14 +242,17 @@ def train(
     start: the model whose weights training begins with, where the config names one by its fingerprint.
     resume continues a stopped run to the same weights, bit for bit on a CPU. on_sample(model, step, folder) is called
     every `sample_every` steps and its numbers are logged. stop_after ends this call early, as an interruption would.
-    Launched by `torchrun` or `accelerate launch`, the processes share each batch.
+    Launched by `torchrun` or `accelerate launch`, the processes share each batch; with physnb/launch/sharded.yaml
+    they also share weights, average and moments. Both ran on CPU processes; on several GPUs it was not run.
     Raises ValueError for a used folder, a foreign state, another start than the config names or one of another shape,
-    or a batch that the processes cannot share evenly, and
+    a batch that the processes cannot share evenly, or another sharding than FSDP2, and
     FloatingPointError when the loss is not finite or explodes; the last saved state is then kept.
     """
     keep_freed_memory()
     # Without cpu=True accelerate ignores the launcher on a machine that has no accelerator: every process is alone.
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), log_with=None)
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    require(not sharded or accelerator.is_fsdp2, "weights are sharded by FSDP2 alone; set fsdp_version to 2")
     folder = Path(folder)
     check_start(config, start)
     if accelerator.is_main_process:
@@ -236,12 +268,9 @@ def train(
         f"batch {config.batch} does not split over {accelerator.num_processes} processes; change --batch",
     )
     state = TrainState(config, start)
-    state.model.to(accelerator.device)
-    state.average = {name: value.to(accelerator.device) for name, value in state.average.items()}
+    model, optimizers = state.prepare(accelerator)
     if resume and (folder / STATE_FILE).exists():
         state.load(folder / STATE_FILE)
-    model = accelerator.prepare(state.model)
-    optimizers = [accelerator.prepare(optimizer) for optimizer in state.optimizers]
     model.train()
     main = accelerator.is_main_process
     log = SummaryWriter(folder / "log", purge_step=state.step + 1) if main else None
@@ -261,10 +290,11 @@ def train(
         if main:
             log.add_scalar("loss", loss, state.step)
             log.add_scalar("learning_rate", config.learning_rate * schedule(config, state.step - 1), state.step)
-        if main and (state.step % save_every == 0 or state.step == last):
-            state.save(folder / STATE_FILE)
-        if main and on_sample is not None and sample_every and state.step % sample_every == 0:
-            for name, value in on_sample(state.averaged_model(), state.step, folder).items():
+        if state.step % save_every == 0 or state.step == last:
+            state.save(folder / STATE_FILE, write=main)
+        if on_sample is not None and sample_every and state.step % sample_every == 0:
+            averaged = state.averaged_model()
+            for name, value in (on_sample(averaged, state.step, folder) if main else {}).items():
                 log.add_scalar(name, value, state.step)
     bar.close()
     if main:

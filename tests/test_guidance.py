@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -179,6 +181,13 @@ def test_every_kind_of_weak_model_adds_its_term(model, make_model, inputs):
 def test_guiding_model_that_was_not_passed_is_named(model, inputs):
     with pytest.raises(ValueError, match="unknown guiding model 'earlier'"):
         velocity(model, inputs, [Guidance(weak=((1.0, OtherModel("earlier")),))] * 6)
+
+
+def test_guiding_model_that_reads_other_captions_is_refused(model, make_model, inputs):
+    other = copy.deepcopy(make_model(1))
+    other.register_to_config(vocabulary=("a", "word"))
+    with pytest.raises(ValueError, match="'earlier' reads other captions than the model that it guides"):
+        velocity(model, inputs, [Guidance(weak=((1.0, OtherModel("earlier")),))] * 6, {"earlier": other})
 
 
 def test_layer_that_the_model_lacks_is_named(model, inputs):

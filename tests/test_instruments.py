@@ -12,13 +12,16 @@ from PIL import Image
 from subjects_for_tests import MOTION_HEAD, MOTION_HUNT, STAY_HEAD, motion_model, motion_trials
 
 from physnb.analysis import attention_maps
+from physnb.config import CAPTION_LEVELS, SIMULATED
+from physnb.data import simulate, write_captions
+from physnb.data.variants import kinds_for, make_impossible
 from physnb.families import heads_of
 from physnb.plots import effect_colours
 from physnb.profiles import measure_profiles, scenario_profiles
 from physnb.search import head_table, rank_heads
 from physnb.store import TrialStore
 from physnb.strength import measure_arms, weight_grid
-from physnb.widgets import HeadMap, browse, browse_heads, browse_strength, long_action
+from physnb.widgets import HeadMap, browse, browse_heads, browse_phenomena, browse_strength, long_action
 
 WEIGHTS, STRENGTHS = [0.0, 1.0, 2.0], [0.5, 1.0]
 
@@ -280,3 +283,69 @@ def test_colours_are_around_zero_where_there_is_harm_and_help():
     blue = {name: int(colour[5:7], 16) for name, colour in dict(low=low, high=high).items()}
     assert red["low"] > blue["low"] and blue["high"] > red["high"]  # orange helps, purple harms
     assert unknown == "#ffffff" and zero not in (low, high)
+
+
+# --- phenomena
+
+
+@pytest.fixture(scope="module")
+def phenomena():
+    return browse_phenomena(frames=10, size=16)
+
+
+def test_phenomena_begin_with_a_lawful_clip(phenomena):
+    (said,), (film,) = sentences(phenomena), pictures(phenomena)
+    assert said.startswith("a red disc swings on a rod, its radius is ") and "it trades speed for height. " in said
+    assert float(said.split("unexplained by its law: ")[1].removesuffix(" units/s")) < 1e-4
+    assert Image.open(io.BytesIO(film)).n_frames == 10
+
+
+def test_every_scenario_is_drawn_lawful_and_broken(phenomena):
+    seen = set()
+    for scenario in SIMULATED:
+        control(phenomena, "variant").value = "lawful"
+        control(phenomena, "scenario").value = scenario
+        (lawful,), narrow = sentences(phenomena), Image.open(io.BytesIO(pictures(phenomena)[0])).width
+        assert write_captions(simulate(scenario, "id", [0], frames=10, size=16), "law")[0] in lawful
+        control(phenomena, "variant").value = "teleport"
+        (said,), wide = sentences(phenomena), Image.open(io.BytesIO(pictures(phenomena)[0])).width
+        assert "Error" not in said and "not shown" not in said, said
+        assert float(said.split(": ")[1].split()[0]) > 1  # a jump of a unit is 10 units/s
+        assert wide == 2 * narrow
+        seen.add(pictures(phenomena)[0])
+    assert len(seen) == len(SIMULATED)
+
+
+def test_a_variant_of_another_scenario_is_the_lawful_clip(phenomena):
+    control(phenomena, "scenario").value = "orbit"
+    control(phenomena, "variant").value = "lawful"
+    lawful = sentences(phenomena), pictures(phenomena)
+    assert "gravity_off" in kinds_for("parabola") and "gravity_off" not in kinds_for("orbit")
+    control(phenomena, "variant").value = "gravity_off"
+    assert (sentences(phenomena), pictures(phenomena)) == lawful
+    control(phenomena, "scenario").value = "parabola"
+    assert pictures(phenomena) != lawful[1]
+
+
+def test_a_vanished_disc_is_not_told_to_obey_its_law(phenomena):
+    control(phenomena, "scenario").value, control(phenomena, "variant").value = "pendulum", "vanish"
+    assert sentences(phenomena)[0].endswith("until a disc is gone")
+
+
+def test_a_variant_that_shows_nothing_says_so(phenomena):
+    control(phenomena, "variant").value = "energy_gain"
+    control(phenomena, "scenario").value, control(phenomena, "split").value = "wave", "ood"
+    slow = simulate("wave", "ood", range(32), frames=10, size=16)
+    reasons = make_impossible(slow, "energy_gain").reasons
+    control(phenomena, "clip").value = next(i for i, reason in enumerate(reasons) if reason is not None)
+    assert sentences(phenomena)[0].endswith(f"; energy_gain not shown: {reasons[control(phenomena, 'clip').value]}")
+
+
+def test_what_is_said_follows_the_level_of_captions(phenomena):
+    control(phenomena, "scenario").value, control(phenomena, "variant").value = "spring", "lawful"
+    control(phenomena, "split").value, control(phenomena, "clip").value = "id", 0
+    clip = simulate("spring", "id", [0], frames=10, size=16)
+    for level in CAPTION_LEVELS:
+        control(phenomena, "captions").value = level
+        said = write_captions(clip, level, 0)[0] or "(nothing)"
+        assert sentences(phenomena)[0].startswith(f"{said}. unexplained by its law: ")

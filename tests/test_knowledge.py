@@ -69,7 +69,8 @@ def test_physics_alone_is_shared_by_worlds_phenomena_and_templates():
     share = dict(zip(config.sources, config.source_weights, strict=True))
     assert set(share) == {*SCENARIOS, *PHENOMENA, "templates"}
     assert [share[name] for name in (*SCENARIOS, "templates")] == pytest.approx([1 / 7] * 4)
-    assert [share[name] for name in PHENOMENA] == pytest.approx([1 / 21] * 9) and sum(share.values()) == pytest.approx(1)
+    assert [share[name] for name in PHENOMENA] == pytest.approx([1 / 21] * 9)
+    assert sum(share.values()) == pytest.approx(1)
     assert config.text == TextConfig(level="law", layers=1) and config.seed == 5
     own = dict(sources=None, source_weights=None, text=None, seed=None)
     assert (asdict(config) | own) == (asdict(SMOKE) | own)  # model, steps and batch are those of all arms
@@ -92,14 +93,14 @@ def value_of(rows: list[dict]) -> dict[tuple[str, str], float | None]:
 
 
 def test_every_quantity_is_measured_in_and_out_of_distribution(model):
-    rows = measure_arm(model, cases=3, steps=2)
+    rows = measure_arm(model, cases=2, steps=1)
     found = value_of(rows)
     assert set(found) == {(name, split) for name in QUANTITIES for split in ("id", "ood")} and len(rows) == len(found)
     assert all(row["unit"] == QUANTITIES[row["quantity"]] for row in rows)
     for (name, _), value in found.items():
         assert value is None or 0 <= value <= (1 if QUANTITIES[name] == "share" else 20), name
-    assert measure_arm(model, cases=3, steps=2) == rows
-    other = value_of(measure_arm(model, cases=3, steps=2, seed=2))
+    assert measure_arm(model, cases=2, steps=1) == rows
+    other = value_of(measure_arm(model, cases=2, steps=1, seed=2))
     assert other["tracking error", "id"] != found["tracking error", "id"]
 
 
@@ -167,26 +168,26 @@ def test_missing_values_leave_their_pair_out():
 
 
 def test_an_arm_without_a_common_seed_has_no_difference():
-    rows = arms_of("description", [1.0]) + [rows_of(Arm("law", seed=7), 2.0)]
+    rows = [*arms_of("description", [1.0]), rows_of(Arm("law", seed=7), 2.0)]
     assert compare_arms(rows)[1]["difference"] is None
 
 
 def test_arms_quantities_and_splits_do_not_mix():
     arms = {Arm(): 1.0, Arm("law"): 2.0, Arm(physics=0.5): 4.0, Arm(variety="worlds"): 8.0}
-    rows = [
-        rows_of(arm, value * scale, quantity, split)
-        for arm, value in arms.items()
-        for quantity, split, scale in (("missing rate", "id", 1), ("missing rate", "ood", 10), ("tracking error", "id", 100))
-    ]  # fmt: skip
+    scales = {("missing rate", "id"): 1, ("missing rate", "ood"): 10, ("tracking error", "id"): 100}
+    rows = [rows_of(arm, value * scales[key], *key) for arm, value in arms.items() for key in scales]
     found = compare_arms(rows)
     assert len(found) == 12
     for row in found:
-        scale = {"id": 1, "ood": 10}[row["split"]] * (100 if row["quantity"] == "tracking error" else 1)
+        scale = scales[row["quantity"], row["split"]]
         value = arms[Arm(row["level"], row["physics"], row["variety"])]
         assert row["value"]["mean"] == value * scale
-        assert row["difference"] is None if value == 1 else row["difference"]["mean"] == (value - 1) * scale
-    other = compare_arms(rows, Arm("law", seed=3))
-    assert [row["difference"]["mean"] for row in other if row["level"] != "law" and row["split"] == "ood"] == [-10, 20, 60]
+        if value == 1:
+            assert row["difference"] is None
+        else:
+            assert row["difference"]["mean"] == (value - 1) * scale
+    other = [row for row in compare_arms(rows, Arm("law", seed=3)) if row["difference"] and row["split"] == "ood"]
+    assert [row["difference"]["mean"] for row in other] == [-10, 20, 60]
 
 
 def test_a_baseline_that_was_not_trained_is_an_error():

@@ -9,6 +9,7 @@ from physnb.plots import (
     cell_boxes,
     figure_pixels,
     interval_text,
+    plot_arms,
     plot_contributions,
     plot_head_maps,
     plot_picture,
@@ -121,3 +122,29 @@ def test_picture_keeps_its_pixels():
 def test_text_reads_on_its_ground():
     assert text_colour("#ffffff") == text_colour("#ffee00") == "black"
     assert text_colour("#000000") == text_colour("#2d004b") == "white"
+
+
+def arm_rows(physics: float, difference: dict | None, splits=("id", "ood")) -> list[dict]:
+    common = dict(level="law", physics=physics, variety="many", quantity="velocity error")
+    return [common | dict(split=split, value=effect(1.0), difference=difference) for split in splits]
+
+
+def test_arms_have_a_point_a_split_and_an_interval_of_several_trainings():
+    alone = dict(mean=0.4, low=None, high=None, judged=1, cases=1)
+    rows = arm_rows(1.0, None) + arm_rows(0.5, effect(-0.3)) + arm_rows(0.2, alone, splits=("ood",))
+    rows += [row | dict(quantity="missing rate") for row in arm_rows(0.5, effect(0.1))]
+    figure = plot_arms(rows, {"velocity error": "units/s", "missing rate": "share"})
+    velocity, missing = figure.axes
+    zero, *drawn = velocity.lines
+    assert list(zero.get_xdata()) == [0, 0]
+    points = [(*line.get_xdata(), *line.get_ydata()) for line in drawn if line.get_marker() == "o"]
+    assert points == [(-0.3, 1.15), (-0.3, 0.85), (0.4, -0.15)]  # in distribution above, the first arm on top
+    intervals = [list(line.get_xdata()) for line in drawn if line.get_marker() != "o"]
+    assert intervals == [pytest.approx([-0.4, -0.2])] * 2
+    assert [t.get_text() for t in velocity.get_yticklabels()] == ["law, 20% many", "law, 50% many"]
+    assert velocity.get_xlabel() == "velocity error\nminus baseline (units/s)" and "(share)" in missing.get_xlabel()
+    assert sum(line.get_marker() == "o" for line in missing.lines) == 2
+    assert drawn[1].get_color() != drawn[3].get_color()  # the splits
+    assert figure_pixels(figure).std() > 0
+    with pytest.raises(ValueError, match="no arm besides the baseline"):
+        plot_arms(arm_rows(1.0, None), {"velocity error": "units/s"})

@@ -9,25 +9,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from physnb.data import templates
+from physnb.data import bodies, templates
+from physnb.data.bodies import GRAVITY, HIGH, LOW, Body, Motion, deepest_overlap, draw_bodies, simulate_bodies
 from physnb.data.clips import WORLD_SIZE, Clip
 from physnb.data.templates import (
     ARRIVALS,
     COMPANIES,
-    GRAVITY,
-    HIGH,
-    LOW,
     TEMPLATES,
     THINGS,
-    Body,
-    Motion,
     Scene,
     Template,
     TemplateSource,
-    deepest_overlap,
     draw_scene,
     film,
-    simulate_scene,
     templates_of,
 )
 from physnb.data.worlds import frame_times
@@ -46,7 +40,7 @@ def template(name: str) -> Template:
 def played() -> list[tuple[Scene, Motion]]:
     """One scene of every template and how it goes; shared, so never changed."""
     scenes = [draw_scene(template, "train", 0, template.number) for template in TEMPLATES]
-    return [(scene, simulate_scene(scene, FRAMES)) for scene in scenes]
+    return [(scene, simulate_bodies(scene.bodies, FRAMES)) for scene in scenes]
 
 
 def moving(scene: Scene) -> list[int]:
@@ -179,7 +173,7 @@ def test_seeds_and_splits_give_other_clips():
 @pytest.mark.parametrize("size", [32, 33, 64])
 def test_every_template_shows_its_balls_where_the_state_says(played, size):
     for scene, motion in played:
-        frames = torch.from_numpy(templates.draw_frames(scene, motion, size))[None]
+        frames = torch.from_numpy(draw_bodies(scene.bodies, motion, size))[None]
         assert frames.shape == (1, FRAMES, size, size, 3)
         found = parse_discs(frames)
         for disc in range(2):
@@ -211,18 +205,18 @@ def test_impact_is_when_a_falling_ball_has_fallen():
     apart = red.position[0] - green.position[0]
     height = red.position[1] - green.position[1] - math.sqrt((red.radius + green.radius) ** 2 - apart**2)
     expected = math.sqrt(2 * height / GRAVITY)
-    assert simulate_scene(scene, FRAMES).first_impact_s == pytest.approx(expected, abs=2 * templates.STEP_S)
+    assert simulate_bodies(scene.bodies, FRAMES).first_impact_s == pytest.approx(expected, abs=2 * bodies.STEP_S)
     clip = film(scene, 1, frames=4, size=8)
     assert clip.state.impact_time_s.isnan().all()  # which these four frames do not reach
 
 
 def test_a_bar_is_drawn_with_its_area_and_turned():
-    bar = Body(templates.GREY, (5.0, 5.0), polygons=(templates._box(4.0, 1.0),), angle=math.pi / 6)
-    red = Body(templates.RED, (2.0, 8.5), 0.5)
+    bar = Body(bodies.GREY, (5.0, 5.0), polygons=(bodies.box(4.0, 1.0),), angle=math.pi / 6)
+    red = Body(bodies.RED, (2.0, 8.5), 0.5)
     scene = Scene(TEMPLATES[0], (red, bar))
     places, turns = np.array([[red.position, bar.position]]), np.array([[0.0, bar.angle]])
     motion = Motion(places, turns, np.zeros_like(places), np.zeros_like(turns), math.nan)
-    grey = (255 - templates.draw_frames(scene, motion, 64)[0].astype(float)) / 127
+    grey = (255 - draw_bodies(scene.bodies, motion, 64)[0].astype(float)) / 127
     grey[:20, :20] = 0  # the red ball
     grey[[0, 1, 2, -1, -2, -3]] = grey[:, [0, 1, 2, -1, -2, -3]] = 0  # the border
     area = grey[..., 0] * (WORLD_SIZE / 64) ** 2
@@ -263,7 +257,7 @@ def test_bodies_do_not_interpenetrate(played):
 
 
 def test_overlap_is_measured_in_world_units():
-    one, other = Body(templates.RED, (3.0, 5.0), 0.5), Body(templates.BLUE, (3.9, 5.0), 0.5)
+    one, other = Body(bodies.RED, (3.0, 5.0), 0.5), Body(bodies.BLUE, (3.9, 5.0), 0.5)
     assert deepest_overlap([one, other]) == pytest.approx(0.1, abs=1e-6)
     assert deepest_overlap([one, replace(other, position=(4.5, 5.0))]) == 0
     assert deepest_overlap([replace(one, position=(3.0, LOW + 0.3))]) == pytest.approx(0.2, abs=1e-6)
@@ -275,7 +269,7 @@ def test_free_flight_is_a_parabola_and_keeps_momentum_and_spin(played):
         if scene.template.arrival not in ("fall", "flight"):
             continue
         red, time = scene.bodies[0], frame_times(FRAMES)
-        free = time < motion.first_impact_s - 2 * templates.STEP_S
+        free = time < motion.first_impact_s - 2 * bodies.STEP_S
         # the floor, or in a flight to a low thing the last frames before it
         free &= red.position[1] + red.velocity[1] * time - GRAVITY / 2 * time**2 > LOW + red.radius + 0.02
         seen += free.sum()
@@ -311,7 +305,7 @@ def test_rolling_ball_rolls(played):
 
 def test_ball_rolling_down_gains_two_thirds_of_what_sliding_would():
     scene = draw_scene(template("ramp-ball-alone"), "train", 0, 0)
-    motion, red = simulate_scene(scene, 3), scene.bodies[0]
+    motion, red = simulate_bodies(scene.bodies, 3), scene.bodies[0]
     wedge = next(body for body in scene.bodies if body.fixed).polygons[0]
     slope = math.atan2(np.ptp(wedge[:, 1]), np.ptp(wedge[:, 0]))
     speed = np.linalg.norm(motion.velocities[:, 0], axis=1)
@@ -327,7 +321,7 @@ def test_centres_of_mass_are_where_the_bodies_are(played):
                 centres = [corners.mean(0) for corners in body.polygons]  # boxes
                 assert min(areas) > 0
                 np.testing.assert_allclose(np.average(centres, axis=0, weights=areas), 0, atol=1e-9)
-                space = templates._space([body])
+                space = bodies.make_space([body])
                 engine = next(iter(space.bodies))
                 assert (engine.mass, engine.moment) == pytest.approx(mass_and_moment(body))
                 assert engine.center_of_gravity == pytest.approx(pymunk.Vec2d(0, 0), abs=1e-9)
@@ -336,7 +330,7 @@ def test_centres_of_mass_are_where_the_bodies_are(played):
 def test_mirrored_scene_goes_the_mirrored_way():
     scene = draw_scene(template("ledge-seesaw-alone"), "train", 0, 0)
     mirrored = Scene(scene.template, tuple(body.mirrored() for body in scene.bodies))
-    motion, turned = (simulate_scene(each, 8) for each in (scene, mirrored))
+    motion, turned = (simulate_bodies(each.bodies, 8) for each in (scene, mirrored))
     np.testing.assert_allclose(turned.positions[:, 0], motion.positions[:, 0] * [-1, 1] + [WORLD_SIZE, 0], atol=1e-3)
     for body in scene.bodies:
         np.testing.assert_allclose(body.mirrored().mirrored().corners(), body.corners(), atol=1e-12)

@@ -1,11 +1,13 @@
 import dataclasses
 import shutil
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import physnb
 from physnb.checkpoint import fingerprint
 from physnb.config import ModelConfig, preset
 from physnb.data import encode_captions
@@ -227,7 +229,9 @@ except ValueError as error:
     sys.stdout.write(f"refused: {{error}}\\n")  # in one piece: the processes share the pipe
 """
     (tmp_path / "both.py").write_text(program)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=0"]
+    settings_file = Path(physnb.__file__).parent / "launch" / "data_parallel.yaml"
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(settings_file)]
+    launch += ["--num_processes=2", "--mixed_precision=no", "--main_process_port=0"]
     process = start_python(*launch, str(tmp_path / "both.py"), str(tmp_path / "two"))
     one = train(settings(steps=steps), tmp_path / "one", progress=False)
     output, _ = process.communicate(timeout=300)

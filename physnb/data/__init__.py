@@ -1,12 +1,16 @@
 """Sources of Clips.
 
-clips                              the one noun: frames and what is known about them
-worlds, laws, scenery, phenomena   simulators: phyworld's worlds, nine phenomena, how they move and look
-templates, fluids                  simulators that need an engine: bodies that meet, smoke and flame
-phyworld, videos, decoding         files: phyworld's HDF5, folders of real videos
-sources                            one interface for all of them, and mixtures as one reproducible stream
-captions                           what a clip is said to show
-takes, impossible, unlawful        second takes; clips that break a law
+    clips                               the one noun: frames and what is known about them
+    worlds, laws, phenomena, scenery    phyworld's worlds and nine phenomena: how they move and look
+    templates, bodies, fluids           what needs an engine: bodies that meet, smoke and flame
+    phyworld, videos, decoding          files: phyworld's HDF5, folders of real videos
+    sources, catalogue, simulators      one interface for all of them, mixtures as one stream, names
+    captions                            what a clip is said to show
+    takes                               second takes of a simulated clip
+    variants, impossible, unlawful,     clips that break a law: of any scenario, of the worlds, of the phenomena,
+    unlawful_fluids                     of smoke and flames
+
+Every clip is a function of its source, seed and number alone.
 """
 
 from physnb.data.captions import CAPTIONS, VOCABULARY, encode_captions, vocabulary_of, write_captions

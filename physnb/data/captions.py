@@ -151,7 +151,9 @@ def write_captions(clip: Clip, level: str, seed: int | None = None) -> tuple[str
             out.append(scenario)
         elif level == "augmented" and seed is not None:
             draws = hash_draws(seed, f"caption/{scenario}", np.array([index]))
-            out.append(paraphrase(KNOWLEDGE[scenario], scenario, parameters, int(draws[0])))
+            said = paraphrase(KNOWLEDGE[scenario], scenario, parameters, int(draws[0]))
+            is_blue = "red" not in caption and "blue" in caption  # phyworld's files have discs of either colour
+            out.append(said.replace("red", "blue") if is_blue else said)
         else:
             facts = [phrases[0] for phrases in fact_phrases(KNOWLEDGE[scenario], parameters)]
             laws = KNOWLEDGE[scenario].laws[:1] if level != "parameters" else ()

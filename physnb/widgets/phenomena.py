@@ -24,12 +24,14 @@ def browse_phenomena(*, frames: int = 16, size: int = 64, seed: int = 0) -> ipyw
         found = None if kind == LAWFUL else make_impossible(true, kind, seed=seed)
         reason = None if found is None else found.reasons[0]
         shown = true if found is None or reason else found.clip
-        residual = float(state_residual(scenario, true.parameters, shown.state).nan_to_num(0).max())
+        residual = state_residual(scenario, true.parameters, shown.state)
         films = dict(true=true, **({} if shown is true else {kind.replace("_", " "): shown}))
         paths = {name: clip.state.positions[0] for name, clip in films.items()}
         film = draw_film({name: clip.frames[0] for name, clip in films.items()}, paths, height=256)
         said = write_captions(true, level, seed)[0] or "(nothing)"
-        law = f"unexplained by its law: {residual:.1e} units/s" + (f"; {kind} not shown: {reason}" if reason else "")
+        law = f"unexplained by its law: {residual.nan_to_num(0).max():.1e} units/s"
+        law += " until a disc is gone" if bool(residual.isnan().any()) else ""
+        law += f"; {kind} not shown: {reason}" if reason else ""
         return encode_png(film), f"{said}. {law}"
 
     options = [LAWFUL, *dict.fromkeys(kind for scenario in SIMULATED for kind in kinds_for(scenario))]

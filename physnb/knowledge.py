@@ -180,14 +180,15 @@ def compare_arms(rows: Sequence[Mapping], baseline: Arm = Arm()) -> list[dict]:
 
 
 def answer(rows: Sequence[Mapping], quantity: str, split: str, unit: str) -> list[str]:
-    """What `compare_arms` found of one quantity, a sentence an arm: better, worse, or no difference seen."""
+    """What `compare_arms` found of one quantity, a sentence an arm: better, worse, no difference seen, or undecided."""
     said = []
     for row in rows:
         if (row["quantity"], row["split"]) != (quantity, split) or row["difference"] is None:
             continue
         d, name = row["difference"], f"{row['level']} captions, {row['physics']:.0%} physics ({row['variety']})"
-        sure = d["low"] is not None and (d["high"] < 0 or d["low"] > 0)
-        verdict = ("better" if d["mean"] < 0 else "worse") if sure else "no difference seen at this size"
-        bounds = "one training" if d["low"] is None else f"[{d['low']:+.3f}, {d['high']:+.3f}]"
-        said.append(f"{name}: {d['mean']:+.3f} {bounds} {unit}, {verdict}")
+        verdict, bounds = "undecided by one training", ""
+        if d["low"] is not None:
+            sure, bounds = d["high"] < 0 or d["low"] > 0, f" [{d['low']:+.3f}, {d['high']:+.3f}]"
+            verdict = ("better" if d["mean"] < 0 else "worse") if sure else "no difference seen at this size"
+        said.append(f"{name}: {d['mean']:+.3f}{bounds} {unit}, {verdict}")
     return said

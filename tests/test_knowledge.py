@@ -207,9 +207,7 @@ def test_the_answer_claims_no_more_than_the_intervals():
     assert better == "law captions, 100% physics (many): -0.500 [-0.748, -0.252] units/s, better"
     assert worse.startswith("label captions") and "+0.500 [+0.252, +0.748]" in worse and worse.endswith(", worse")
     assert open_.startswith("none captions") and open_.endswith("units/s, no difference seen at this size")
-    assert single == (
-        "description captions, 20% physics (worlds): -1.000 one training units/s, no difference seen at this size"
-    )
+    assert single == ("description captions, 20% physics (worlds): -1.000 units/s, undecided by one training")
     assert answer(compare_arms(rows), "missing rate", "ood", "share") == []
 
 

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from physnb.config import require
 from physnb.plots.style import PALETTE, new_figure
 
+PANELS_A_ROW = 4
 SPLIT_COLOURS = {"id": PALETTE[7], "ood": PALETTE[0]}
 
 
@@ -21,8 +22,12 @@ def plot_arms(rows: Sequence[Mapping], quantities: Mapping[str, str]) -> Figure:
     rows = [row for row in rows if row["difference"] is not None]
     require(len(rows) > 0, "there is no arm besides the baseline to draw")
     arms = list(dict.fromkeys((row["level"], row["physics"], row["variety"]) for row in rows))
-    figure, axes = new_figure(2.6 * len(quantities) + 2.2, 0.42 * len(arms) + 1.2, 1, len(quantities))
-    for axis, (quantity, unit) in zip(axes[0], quantities.items(), strict=True):
+    columns = min(PANELS_A_ROW, len(quantities))
+    lines = -(-len(quantities) // columns)
+    figure, axes = new_figure(2.6 * columns + 2.2, (0.42 * len(arms) + 1.2) * lines, lines, columns)
+    for axis in axes.flat[len(quantities) :]:
+        axis.set_axis_off()
+    for axis, (quantity, unit) in zip(axes.flat, quantities.items(), strict=False):
         axis.axvline(0, color="black", linewidth=0.8)
         for row in (row for row in rows if row["quantity"] == quantity):
             place = len(arms) - 1 - arms.index((row["level"], row["physics"], row["variety"]))
@@ -32,6 +37,6 @@ def plot_arms(rows: Sequence[Mapping], quantities: Mapping[str, str]) -> Figure:
                 axis.plot([d["low"], d["high"]], [place, place], color=colour, linewidth=2)
             axis.plot(d["mean"], place, "o", color=colour, markersize=4)
         names = [f"{level}, {physics:.0%} {variety}" for level, physics, variety in reversed(arms)]
-        axis.set_yticks(range(len(arms)), names if axis is axes[0, 0] else [""] * len(arms))
+        axis.set_yticks(range(len(arms)), names if axis in axes[:, 0] else [""] * len(arms))
         axis.set(xlabel=f"{quantity}\nminus baseline ({unit})", ylim=(-0.6, len(arms) - 0.4))
     return figure

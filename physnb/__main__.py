@@ -121,6 +121,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--level", choices=CAPTION_LEVELS, help="what captions say (default: description)")
     sub.add_argument("--layers", type=natural, help="transformer layers that read captions (default: 0, their mean)")
     sub.add_argument("--text-encoder", metavar="DIR", help="folder or hub id of a pretrained reader of captions")
+    sub.add_argument("--workers", type=natural, default=0, help="processes that make batches ahead (default: none)")
     sub.add_argument("--save-every", type=count, default=250, help="steps between saved states")
     sub.add_argument("--sample-every", type=count, default=1000, help="steps between sample grids")
     sub.add_argument("--cases", type=count, default=128, help="clips a world in the final table")

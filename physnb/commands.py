@@ -46,6 +46,7 @@ def command_train(args: argparse.Namespace) -> dict[str, Any] | None:
     scenarios = [name for name in config.sources if name in SIMULATED]
     model = train(config, folder, start=start, resume=args.resume, save_every=args.save_every,
                   sample_every=args.sample_every, on_sample=partial(sample_grid, scenarios=scenarios),
+                  workers=args.workers,
                   progress=not args.json)  # fmt: skip
     if not is_main_process():
         return None  # the first process speaks for all

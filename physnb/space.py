@@ -41,21 +41,19 @@ class Space:
         )
         return given
 
-    def encode(self, clip: Clip, device: torch.device | str = "cpu") -> ClipTensor:
-        """Clips as the model learns them."""
-        pixels = clip.pixels().to(device)
-        return pixels if self.codec is None else self.codec.encode(pixels).to(device)
-
     def encode_start(self, clip: Clip, frames_given: int, device: torch.device | str = "cpu") -> ClipTensor:
         """Clips as a model is given them: its first frames come from `frames_given` pixel frames alone.
 
         With a codec that sees ahead the others are zero, because nothing of them may reach the model.
         """
-        if self.codec is None or not self.codec.leaks:
-            return self.encode(clip, device)
+        pixels = clip.pixels().to(device)
+        if self.codec is None:
+            return pixels
+        if not self.codec.leaks:
+            return self.codec.encode(pixels)
         whole = torch.zeros(len(clip), *self.codec.latent_shape(self.frames, self.size), device=device)
         if frames_given:
-            start = self.codec.encode_start(clip.pixels().to(device), frames_given)
+            start = self.codec.encode_start(pixels, frames_given)
             whole[:, :, : start.shape[2]] = start
         return whole
 

@@ -62,6 +62,11 @@ def _sync(path: Path) -> None:
             os.close(descriptor)
 
 
+def cache_folder(name: str) -> Path:
+    """Where what can be computed again is kept for this user: `physnb/NAME` in XDG_CACHE_HOME or ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "physnb" / name
+
+
 def write_json(path: Path, value: Any) -> None:
     """`value` as indented JSON; NaN is refused because JSON has none."""
     with written_whole(path) as temporary:

@@ -16,11 +16,13 @@ from accelerate import Accelerator, DistributedType, PartialState
 from jaxtyping import Float
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from physnb.captioning import Captioner, Captions
 from physnb.checkpoint import fingerprint
+from physnb.codec import LatentCache, latent_examples
 from physnb.config import ModelConfig, TextConfig, TrainConfig, from_json, require, to_json
 from physnb.data import Mixture, normal_noise, uniform_draws
 from physnb.data.catalogue import open_source, words_of_sources
@@ -30,7 +32,7 @@ from physnb.model import VideoDiT
 from physnb.optimizer import Muon
 from physnb.sharding import gather, shard_like
 from physnb.space import open_space
-from physnb.store import prepare_folder, read_json, read_tensors, write_json, write_tensors
+from physnb.store import cache_folder, prepare_folder, read_json, read_tensors, write_json, write_tensors
 
 STATE_FILE = "state.safetensors"
 CONFIG_FILE = "train.json"
@@ -62,6 +64,14 @@ def training_stream(config: TrainConfig) -> Mixture:
     return Mixture(sources, config.source_weights, config.seed)
 
 
+@lru_cache(maxsize=4)
+def latent_caches(config: TrainConfig) -> dict[str, LatentCache]:
+    """Of every source with an end the latents, encoded once: by name of the source."""
+    codec, sources = open_space(config.model, config.codec).codec, training_stream(config).sources
+    known = dict(seed=config.seed, sources=config.sources)
+    return {s.name: LatentCache(codec, s, cache_folder("latents"), known) for s in sources if s.count is not None}
+
+
 def training_captioner(config: TrainConfig) -> Captioner:
     """How the captions of a training are written and encoded: its vocabulary is that of its sources."""
     sources = () if config.text.encoder else training_stream(config).sources
@@ -70,8 +80,13 @@ def training_captioner(config: TrainConfig) -> Captioner:
 
 def make_batch(config: TrainConfig, indices: np.ndarray) -> TrainBatch:
     """Training examples number `indices`: clips, noise, noise levels, and which conditions are dropped."""
-    seed, space = config.seed, open_space(config.model, config.codec)
-    clip = training_stream(config).examples(indices)
+    seed, space, stream = config.seed, open_space(config.model, config.codec), training_stream(config)
+    if space.codec is None:
+        clip = stream.examples(indices)
+        clean = clip.pixels()
+    else:
+        encoded = latent_examples(stream, indices, space.codec, latent_caches(config))
+        clip, clean = encoded.clips, encoded.latents
     # Neighbouring examples get well-spread noise levels: fractions of the golden ratio, less noisy than chance.
     first = uniform_draws(seed, "sigma", np.zeros(1))
     unit = torch.from_numpy((first + indices * GOLDEN_RATIO) % 1.0).float()
@@ -88,27 +103,48 @@ def make_batch(config: TrainConfig, indices: np.ndarray) -> TrainBatch:
     captioner = training_captioner(config)
     written = captioner.write(clip, seed)
     captions = ["" if drop else caption for drop, caption in zip(dropped, written, strict=True)]
-    clean = space.encode(clip)
     noise = normal_noise(seed, "noise", indices, tuple(clean.shape[1:]))
     return TrainBatch(clean, noise, sigma, given, captioner.encode(captions))
 
 
-def make_batches(config: TrainConfig, first_step: int, place: int = 0, rows: int = 0) -> Iterator[TrainBatch]:
+@dataclass(frozen=True)
+class Blocks(Dataset):
+    """The batches of one process, `together` steps in a block, which are made at once.
+
+    Many sources cost less for many clips. Always the same steps together, so that a resumed run sees every bit of a
+    caption's padding again.
+    """
+
+    config: TrainConfig
+    place: int
+    rows: int
+
+    @property
+    def together(self) -> int:
+        return max(1, MADE_TOGETHER // self.rows)
+
+    def __getitem__(self, block: int) -> list[TrainBatch]:
+        steps = np.arange(block * self.together, (block + 1) * self.together)
+        starts = steps * self.config.batch + self.place * self.rows
+        made = make_batch(self.config, (starts[:, None] + np.arange(self.rows)).ravel())
+        parts = zip(*(value.split(self.rows) for value in vars(made).values()), strict=True)
+        return [TrainBatch(*part) for part in parts]
+
+
+def make_batches(
+    config: TrainConfig, first_step: int = 0, place: int = 0, rows: int = 0, workers: int = 0
+) -> Iterator[TrainBatch]:
     """The batches of step `first_step` and all later ones; place, rows: the share of one process, by default all.
 
-    Several are made at once, because many sources cost less for many clips. Always the same ones together, so that a
-    resumed run sees every bit of a caption's padding again.
+    workers: processes that make them ahead of time; none makes them when they are asked for. The same either way.
     """
-    rows = rows or config.batch
-    together = max(1, MADE_TOGETHER // rows)
-    for block in itertools.count(first_step // together):
-        steps = range(block * together, (block + 1) * together)
-        starts = np.array([step * config.batch + place * rows for step in steps])
-        made = make_batch(config, (starts[:, None] + np.arange(rows)).ravel())
-        for number, step in enumerate(steps):
-            if step >= first_step:
-                part = slice(number * rows, (number + 1) * rows)
-                yield TrainBatch(**{name: value[part] for name, value in vars(made).items()})
+    blocks = Blocks(config, place, rows or config.batch)
+    first, last = first_step // blocks.together, -(-config.steps // blocks.together)
+    # Forked, the threads of a solver or decoder can hang; and a generator of its own leaves the global one alone.
+    how = dict(multiprocessing_context="spawn" if workers else None, generator=torch.Generator())
+    loader = DataLoader(blocks, batch_size=None, sampler=range(first, last), num_workers=workers, **how)
+    batches = itertools.chain.from_iterable(loader)
+    return itertools.islice(batches, first_step - first * blocks.together, None)
 
 
 def schedule(config: TrainConfig, step: int) -> float:
@@ -235,6 +271,7 @@ def train(
     sample_every: int = 0,
     on_sample: Callable[[VideoDiT, int, Path], dict[str, float]] | None = None,
     stop_after: int | None = None,
+    workers: int = 0,
     progress: bool = True,
 ) -> VideoDiT:
     """The trained model, with averaged weights; `folder` keeps state, log and, at the end, the model.
@@ -242,6 +279,7 @@ def train(
     start: the model whose weights training begins with, where the config names one by its fingerprint.
     resume continues a stopped run to the same weights, bit for bit on a CPU. on_sample(model, step, folder) is called
     every `sample_every` steps and its numbers are logged. stop_after ends this call early, as an interruption would.
+    workers: processes of each training process that make batches ahead; the weights do not depend on them.
     Launched by `torchrun` or `accelerate launch`, the processes share each batch; with physnb/launch/sharded.yaml
     they also share weights, average and moments. Both ran on CPU processes; on several GPUs it was not run.
     Raises ValueError for a used folder, a foreign state, another start than the config names or one of another shape,
@@ -276,7 +314,7 @@ def train(
     log = SummaryWriter(folder / "log", purge_step=state.step + 1) if main else None
     bar = tqdm(total=config.steps, initial=state.step, disable=not (progress and main), unit="step", mininterval=1)
 
-    batches = make_batches(config, state.step, accelerator.process_index, rows)
+    batches = make_batches(config, state.step, accelerator.process_index, rows, workers)
     last = config.steps if stop_after is None else min(config.steps, stop_after)
     while state.step < last:
         state.set_rates(schedule(config, state.step))

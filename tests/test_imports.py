@@ -47,7 +47,7 @@ ALLOWED = {  # data and metrics are one module each; `__init__` is what `import 
     "space": "codec config data model",
     "sharding": "",
     "optimizer": "sharding",
-    "train": "captioning checkpoint config data flow memory model optimizer sharding space store",
+    "train": "captioning checkpoint codec config data flow memory model optimizer sharding space store",
     "objectives": "config data likelihood metrics model",
     "subjects": "checkpoint config data families generate guidance guide memory metrics model objectives pretrained "
     "space",

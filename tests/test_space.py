@@ -63,7 +63,18 @@ def test_pixels_are_the_space_of_a_model_without_a_codec(model):
     space = space_of(model)
     assert space == Space(model.config.frames, model.config.size) and space.given(3) == 3
     clip = simulate("uniform", "id", [0], frames=model.config.frames, size=model.config.size)
-    assert torch.equal(space.encode(clip), clip.pixels()) and space.decode(clip.pixels()) is not None
+    assert torch.equal(space.encode_start(clip, 3), clip.pixels())
+    assert torch.equal(space.decode(clip.pixels()), clip.pixels())
+
+
+def test_sources_with_an_end_are_encoded_once(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    ended = dataclasses.replace(config, clips=6, seed=3)
+    batch = make_batch(ended, torch.arange(8).numpy())
+    assert len(list((tmp_path / "physnb" / "latents").glob("*/latents-*.npy"))) == 2
+    space = open_space(config.model, config.codec)
+    monkeypatch.setattr(type(space.codec), "encode", lambda *_: pytest.fail("encoded again"))
+    assert torch.equal(make_batch(ended, torch.arange(8).numpy()).clean, batch.clean)
 
 
 def test_a_codec_of_other_channels_is_refused(codec):

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import shutil
 import time
 from pathlib import Path
@@ -9,11 +10,11 @@ import torch
 
 import physnb
 from physnb.checkpoint import fingerprint
-from physnb.config import ModelConfig, preset
+from physnb.config import ModelConfig, TextConfig, preset
 from physnb.data import encode_captions
 from physnb.flow import add_noise, velocity_loss
 from physnb.store import read_tensors, write_tensors
-from physnb.train import STATE_FILE, TrainState, make_batch, read_history, schedule, train
+from physnb.train import STATE_FILE, TrainState, make_batch, make_batches, read_history, schedule, train
 
 SMOKE = preset("smoke").train
 
@@ -295,3 +296,12 @@ def test_huge_learning_rate_stops_and_keeps_a_state_that_loads(tmp_path):
 def test_encode_captions_of_dropped_rows_are_zero():
     batch = make_batch(settings(caption_drop=1.0), np.arange(4))
     assert torch.equal(batch.caption, encode_captions([""] * 4))
+
+
+@pytest.mark.slow
+def test_batches_do_not_depend_on_workers_or_where_one_begins():
+    config = settings(sources=("uniform", "orbit", "templates"), source_weights=(1.0, 1.0, 1.0), steps=40, batch=4)
+    config = dataclasses.replace(config, text=TextConfig(level="augmented", layers=1))
+    alone, made = make_batches(config), list(itertools.islice(make_batches(config, 17, workers=2), 6))
+    for one, other in zip(itertools.islice(alone, 17, 23), made, strict=True):
+        assert all(torch.equal(value, getattr(other, name)) for name, value in vars(one).items())

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass
@@ -39,7 +38,7 @@ from physnb.config import SPLITS, choose, require
 from physnb.data.captions import CAPTIONS
 from physnb.data.clips import FRAME_STEP_S, WORLD_SIZE, Clip
 from physnb.data.worlds import Draws, Ranges, draw_buckets
-from physnb.store import prepare_folder, written_whole
+from physnb.store import cache_folder, prepare_folder, written_whole
 
 VERSION = 1  # of all that decides pixels: clips cached under another are not read
 GRID = 32  # cells a side
@@ -373,7 +372,7 @@ class FluidSource:
     @property
     def folder(self) -> Path:
         """Where these clips are cached; its name has a hash of all that decides their pixels."""
-        root = self.cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "physnb" / "fluids"
+        root = self.cache or cache_folder("fluids")
         solver = (VERSION, GRID, SUBSTEPS, GROUP, MODES, DRAUGHT, FLICKER_HZ, SOFT_EDGE)
         facts = json.dumps([solver, self.seed, asdict(SETTINGS[self.phenomenon])])
         key = hashlib.sha256(facts.encode()).hexdigest()[:12]

@@ -3,11 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 PRESET ?= quick
 ANALYSIS_CASES ?= 6
+ARM_STEPS ?= 150
 
 .PHONY: run test lab bench check
 
 run: .venv/installed ## all numbered notebooks at PRESET, and outputs/<run>/report.html
-	$(BIN)/python -m physnb run --preset $(PRESET) -p analysis_cases=$(ANALYSIS_CASES)
+	$(BIN)/python -m physnb run --preset $(PRESET) -p analysis_cases=$(ANALYSIS_CASES) -p train_steps=$(ARM_STEPS)
 
 test: .venv/extras ## lint, tests, and the notebooks at their defaults
 	PATH="$(CURDIR)/$(BIN):$$PATH" tests/check.sh

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +15,10 @@ from accelerate import Accelerator, DistributedType, PartialState
 from jaxtyping import Float
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from physnb.ahead import run_ahead
 from physnb.captioning import Captioner, Captions
 from physnb.checkpoint import fingerprint
 from physnb.codec import LatentCache, latent_examples
@@ -107,28 +106,11 @@ def make_batch(config: TrainConfig, indices: np.ndarray) -> TrainBatch:
     return TrainBatch(clean, noise, sigma, given, captioner.encode(captions))
 
 
-@dataclass(frozen=True)
-class Blocks(Dataset):
-    """The batches of one process, `together` steps in a block, which are made at once.
-
-    Many sources cost less for many clips. Always the same steps together, so that a resumed run sees every bit of a
-    caption's padding again.
-    """
-
-    config: TrainConfig
-    place: int
-    rows: int
-
-    @property
-    def together(self) -> int:
-        return max(1, MADE_TOGETHER // self.rows)
-
-    def __getitem__(self, block: int) -> list[TrainBatch]:
-        steps = np.arange(block * self.together, (block + 1) * self.together)
-        starts = steps * self.config.batch + self.place * self.rows
-        made = make_batch(self.config, (starts[:, None] + np.arange(self.rows)).ravel())
-        parts = zip(*(value.split(self.rows) for value in vars(made).values()), strict=True)
-        return [TrainBatch(*part) for part in parts]
+def make_block(config: TrainConfig, place: int, rows: int, steps: range) -> dict[str, np.ndarray]:
+    """The batches of several steps in one: what `make_batch` makes of the examples that one process sees in them."""
+    starts = np.array(steps) * config.batch + place * rows
+    made = make_batch(config, (starts[:, None] + np.arange(rows)).ravel())
+    return {name: value.numpy() for name, value in vars(made).items()}
 
 
 def make_batches(
@@ -136,15 +118,19 @@ def make_batches(
 ) -> Iterator[TrainBatch]:
     """The batches of step `first_step` and all later ones; place, rows: the share of one process, by default all.
 
-    workers: processes that make them ahead of time; none makes them when they are asked for. The same either way.
+    Several are made at once, because many sources cost less for many clips. Always the same ones together, so that a
+    resumed run sees every bit of a caption's padding again. workers: processes that make them ahead of time; none: they
+    are made when they are asked for.
     """
-    blocks = Blocks(config, place, rows or config.batch)
-    first, last = first_step // blocks.together, -(-config.steps // blocks.together)
-    # Forked, the threads of a solver or decoder can hang; and a generator of its own leaves the global one alone.
-    how = dict(multiprocessing_context="spawn" if workers else None, generator=torch.Generator())
-    loader = DataLoader(blocks, batch_size=None, sampler=range(first, last), num_workers=workers, **how)
-    batches = itertools.chain.from_iterable(loader)
-    return itertools.islice(batches, first_step - first * blocks.together, None)
+    rows = rows or config.batch
+    together = max(1, MADE_TOGETHER // rows)
+    blocks = [range(k, k + together) for k in range(first_step - first_step % together, config.steps, together)]
+    work = partial(make_block, config, place, rows)
+    for steps, made in zip(blocks, run_ahead(work, blocks, workers) if workers else map(work, blocks), strict=True):
+        parts = {name: torch.from_numpy(value).split(rows) for name, value in made.items()}
+        for number, step in enumerate(steps):
+            if step >= first_step:
+                yield TrainBatch(**{name: part[number] for name, part in parts.items()})
 
 
 def schedule(config: TrainConfig, step: int) -> float:

@@ -46,8 +46,9 @@ ALLOWED = {  # data and metrics are one module each; `__init__` is what `import 
     "codec": "checkpoint config data hub memory metrics store tiny_pipelines",
     "space": "codec config data model",
     "sharding": "",
+    "ahead": "",
     "optimizer": "sharding",
-    "train": "captioning checkpoint codec config data flow memory model optimizer sharding space store",
+    "train": "ahead captioning checkpoint codec config data flow memory model optimizer sharding space store",
     "objectives": "config data likelihood metrics model",
     "subjects": "checkpoint config data families generate guidance guide memory metrics model objectives pretrained "
     "space",

@@ -526,6 +526,7 @@ def test_a_thousand_files_of_which_one_in_twenty_is_damaged(tmp_path):
             expected[place.relative_to(folder).as_posix()] = DAMAGES[name][0]
         else:
             os.link(good[k % len(good)], place)
+    others = set(psutil.Process().children())  # such as the resource tracker of multiprocessing
     memory = Memory()
     memory.start()
     source = VideoSource(folder, timeout_s=4.0, **CLIPS | {"workers": 2})
@@ -536,7 +537,7 @@ def test_a_thousand_files_of_which_one_in_twenty_is_damaged(tmp_path):
     assert report.clips == source.count == 950
     noted = Counter(note.kind for note in report.noted)
     assert set(noted) == {"variable rate", "rotated"} and min(noted.values()) > 90
-    assert not psutil.Process().children()
+    assert not set(psutil.Process().children()) - others
     seen = frame_of(source.clips(np.arange(950)).frames.numpy())
     assert (np.diff(seen) > 0).all()  # every clip moves, and forward
     third = len(memory.own) // 3

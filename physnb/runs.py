@@ -22,7 +22,7 @@ from physnb.tables import flatten_row
 
 PROJECT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = PROJECT / "notebooks"
-FINAL_TABLE = "final"  # the table that a run prints at its end
+FINAL_TABLE = "final"  # what a run prints at its end: the first of its tables of this name
 
 
 class NotebookFailed(RuntimeError):
@@ -102,7 +102,7 @@ def run_notebooks(
     report = write_report(folder)
     result = dict(folder=str(folder), report=str(report))
     tables = [record for record in read_records(folder) if record["kind"] == "table" and record["name"] == FINAL_TABLE]
-    return result | (dict(table=tables[-1]["rows"]) if tables else {})
+    return result | (dict(table=tables[0]["rows"]) if tables else {})
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:

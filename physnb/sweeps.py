@@ -90,6 +90,6 @@ def run_sweep(
 
 
 def final_rows(folder: Path) -> list[dict[str, Any]]:
-    """The rows of the last final table that a run recorded; none if it recorded none."""
+    """The rows of the first final table that a run recorded; none if it recorded none."""
     tables = [r for r in read_records(folder) if r["kind"] == "table" and r["name"] == FINAL_TABLE]
-    return tables[-1]["rows"] if tables else []
+    return tables[0]["rows"] if tables else []

@@ -334,17 +334,15 @@ def latent_examples(
     mixture: Mixture, numbers, codec: Codec, caches: Mapping[str, LatentCache] | None = None
 ) -> LatentBatch:
     """Examples number `numbers` of a mixture as latents: from the cache of their source's name, or encoded now."""
-    numbers, caches = np.asarray(numbers, dtype=np.int64), caches or {}
-    require(len(numbers) > 0 and numbers.min() >= 0, "example numbers must be given and not be negative")
-    drawn, parts, places = mixture.source_of(numbers), [], []
-    for which in np.unique(drawn).tolist():
-        rows, source = np.flatnonzero(drawn == which), mixture.sources[which]
-        wanted = mixture.clip_numbers(numbers[rows], which)
-        cache = caches.get(source.name)
-        parts.append(cache.read(wanted) if cache else LatentBatch.encoded(codec, source.clips(wanted)))
-        places.append(rows)
-    order = torch.from_numpy(np.argsort(np.concatenate(places)))
-    batch = LatentBatch.joined(parts)
+    caches, (parts, order) = caches or {}, mixture.parts(numbers)
+    batch = LatentBatch.joined(
+        [
+            caches[source.name].read(wanted)
+            if source.name in caches
+            else LatentBatch.encoded(codec, source.clips(wanted))
+            for source, wanted in parts
+        ]
+    )
     return LatentBatch(batch.latents[order], batch.clips[order])
 
 

@@ -71,6 +71,7 @@ def latent_caches(config: TrainConfig) -> dict[str, LatentCache]:
     return {s.name: LatentCache(codec, s, cache_folder("latents"), known) for s in sources if s.count is not None}
 
 
+@lru_cache(maxsize=4)
 def training_captioner(config: TrainConfig) -> Captioner:
     """How the captions of a training are written and encoded: its vocabulary is that of its sources."""
     sources = () if config.text.encoder else training_stream(config).sources

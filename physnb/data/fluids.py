@@ -24,7 +24,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import islice, product
 from pathlib import Path
 
@@ -34,10 +34,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from physnb.config import SPLITS, choose, require
+from physnb.config import choose, require
 from physnb.data.captions import CAPTIONS
 from physnb.data.clips import FRAME_STEP_S, WORLD_SIZE, Clip
-from physnb.data.worlds import Draws, Ranges, draw_buckets
+from physnb.data.worlds import Draws, Ranges, check_request, draw_buckets
 from physnb.store import cache_folder, prepare_folder, written_whole
 
 VERSION = 1  # of all that decides pixels: clips cached under another are not read
@@ -294,12 +294,18 @@ def simulate_group(
     return draw_density(torch.stack([flow.density[: len(parameters)] for flow in flows], 1), phenomenon, size)
 
 
-def check_request(phenomenon: str, split: str, seed: int, frames: int, size: int) -> None:
+def simulate_whole_group(
+    phenomenon: str, split: str, seed: int, frames: int, size: int, k: int
+) -> UInt8[Tensor, "clip time height width 3"]:
+    """Frames of the clips number GROUP k to GROUP k + GROUP - 1."""
+    parameters, _ = draw_fluid(phenomenon, split, seed, GROUP * k + np.arange(GROUP))
+    return simulate_group(parameters, phenomenon, frames, size)
+
+
+def check_fluid(phenomenon: str, split: str, seed: int, frames: int, size: int) -> None:
     """Raise ValueError unless a clip can be asked for like this."""
     choose("fluid", phenomenon, SETTINGS)
-    choose("split", split, SPLITS)
-    require(seed >= 0, f"seed must not be negative, got {seed}")
-    require(frames >= 2, f"a clip needs at least 2 frames, got {frames}")
+    check_request(split, seed, frames)
     require(size >= 8, f"frame size must be at least 8 pixels, got {size}")
 
 
@@ -327,15 +333,11 @@ def simulate_fluid(phenomenon: str, split: str, numbers, *, frames: int, size: i
     or another processor rounds differently, by about 1e-14 of a density. state is None: the truth is in `parameters`.
     Raises ValueError for an unknown phenomenon or split, a bad number or size, or where PhiFlow is not installed.
     """
-    check_request(phenomenon, split, seed, frames, size)
+    check_fluid(phenomenon, split, seed, frames, size)
     numbers = np.asarray(numbers, dtype=np.int64)
     require(len(numbers) > 0 and numbers.min() >= 0, "clip numbers must be given and not be negative")
 
-    def group(k: int) -> Tensor:
-        return simulate_group(
-            draw_fluid(phenomenon, split, seed, GROUP * k + np.arange(GROUP))[0], phenomenon, frames, size
-        )
-
+    group = partial(simulate_whole_group, phenomenon, split, seed, frames, size)
     return collect_clips(phenomenon, split, numbers, seed, group)
 
 
@@ -358,7 +360,7 @@ class FluidSource:
     count: int = 512
 
     def __post_init__(self) -> None:
-        check_request(self.phenomenon, self.split, self.seed, self.frames, self.size)
+        check_fluid(self.phenomenon, self.split, self.seed, self.frames, self.size)
         require(self.count > 0, f"a source needs at least 1 clip, got {self.count}")
 
     @property
@@ -388,8 +390,7 @@ class FluidSource:
     def _group(self, k: int) -> UInt8[np.ndarray, "clip time height width 3"]:
         path = self.folder / f"{k:06d}.npy"
         if not path.exists():
-            parameters, _ = draw_fluid(self.phenomenon, self.split, self.seed, GROUP * k + np.arange(GROUP))
-            made = simulate_group(parameters, self.phenomenon, self.frames, self.size)
+            made = simulate_whole_group(self.phenomenon, self.split, self.seed, self.frames, self.size, k)
             prepare_folder(self.folder, resume=True)
             with written_whole(path) as temporary, open(temporary, "wb") as file:
                 np.save(file, made.numpy())

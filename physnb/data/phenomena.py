@@ -13,16 +13,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from physnb.config import PHENOMENA, SPLITS, choose, require
+from physnb.config import PHENOMENA, choose, require
 from physnb.data.captions import CAPTIONS
 from physnb.data.clips import FRAME_STEP_S, WORLD_SIZE, Clip, DiscState
 from physnb.data.laws import LAWS, Law, Motion, Parameters, wave_frequency
 from physnb.data.scenery import render_scene
-from physnb.data.worlds import MAX_ATTEMPTS, Draws, Ranges, draw_buckets
+from physnb.data.worlds import Draws, Ranges, check_request, draw_buckets, draw_until_fits
 
 SEEN_FRAMES = 4  # first frames in which every disc must be wholly in the box
 SEEN_SHARE = 0.6  # of all frames, in which it must
-FLOOR = 1.0  # world units above the bottom
 
 SMALL = Ranges((0.5, 0.9), (0.3, 0.4), (1.1, 1.4))
 MEDIUM = Ranges((0.6, 1.1), (0.35, 0.5), (1.3, 1.6))
@@ -171,25 +170,17 @@ def sample_phenomenon(
     Raises ValueError for unknown names, bad numbers, and a clip that the box cannot hold.
     """
     choose("phenomenon", scenario, PHENOMENA)
-    choose("split", split, SPLITS)
-    require(seed >= 0, f"seed must not be negative, got {seed}")
+    check_request(split, seed, frames)
     require(len(indices) > 0 and np.min(indices) >= 0, "clip indices must be given and not be negative")
-    require(frames >= 2, f"a clip needs at least 2 frames, got {frames}")
     bucket = draw_buckets(scenario, split, seed, indices)
-    kept, pending = None, np.arange(len(indices))
-    for attempt in range(MAX_ATTEMPTS):
-        draws = Draws(scenario, split, seed, indices[pending], attempt)
-        start, parameters = BEGINNINGS[scenario].start(draws, bucket[pending])
+
+    def attempt(draws: Draws, bucket: np.ndarray, frames: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        start, parameters = BEGINNINGS[scenario].start(draws, bucket)
         path = follow(LAWS[scenario], start, parameters, frames)
         drawn = dict(positions=path.position, velocities=path.velocity, radii=_radii(parameters, scenario)) | parameters
-        kept = drawn if kept is None else kept
-        fits = _in_view(scenario, drawn)
-        for name in kept:
-            kept[name][pending[fits]] = drawn[name][fits]
-        pending = pending[~fits]
-        if len(pending) == 0:
-            break
-    require(len(pending) == 0, f"no {scenario} of {frames} frames fits the box for clips {indices[pending].tolist()}")
+        return drawn, _in_view(scenario, drawn)
+
+    kept = draw_until_fits(scenario, split, seed, indices, bucket, frames, attempt)
     arrays = {name: kept.pop(name) for name in ("positions", "velocities", "radii")}
     state = {name: torch.from_numpy(value).float() for name, value in arrays.items()}
     nothing = torch.full((len(indices),), torch.nan)

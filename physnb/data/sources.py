@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from jaxtyping import Int
+from torch import Tensor
 
 from physnb.config import require
 from physnb.data.clips import Clip
@@ -76,18 +77,21 @@ class Mixture:
         source = self.sources[which]
         if source.count is None:
             return numbers
-        place = np.array([self._seen_before(int(number), which) for number in numbers])
+        place = np.empty_like(numbers)
+        for block in np.unique(numbers // BLOCK).tolist():
+            rows, own = numbers // BLOCK == block, self._drawn_in(block) == which
+            place[rows] = self._drawn_before(block)[which] + (np.cumsum(own) - own)[numbers[rows] % BLOCK]
         return np.array([self._order(which, int(p // source.count))[p % source.count] for p in place])
 
-    def _seen_before(self, number: int, which: int) -> int:
-        """How many examples before `number` come from source `which`."""
-        block, rest = divmod(number, BLOCK)
+    def _drawn_in(self, block: int) -> Int[np.ndarray, " example"]:
+        return self.source_of(np.arange(block * BLOCK, (block + 1) * BLOCK))
+
+    def _drawn_before(self, block: int) -> Int[np.ndarray, " source"]:
+        """How many examples before a block come from each source."""
         while len(self._before) <= block:
-            start = BLOCK * (len(self._before) - 1)
-            drawn = self.source_of(np.arange(start, start + BLOCK))
+            drawn = self._drawn_in(len(self._before) - 1)
             self._before.append(self._before[-1] + np.bincount(drawn, minlength=len(self.sources)))
-        first = block * BLOCK
-        return int(self._before[block][which] + np.sum(self.source_of(np.arange(first, first + rest)) == which))
+        return self._before[block]
 
     def _order(self, which: int, epoch: int) -> np.ndarray:
         if self._orders.get(which, (None,))[0] != epoch:
@@ -95,16 +99,16 @@ class Mixture:
             self._orders[which] = epoch, shuffled(self.seed, source.name, epoch, source.count)
         return self._orders[which][1]
 
-    def examples(self, numbers) -> Clip:
-        """Examples number `numbers`, in this order, from 0 on without end."""
+    def parts(self, numbers) -> tuple[list[tuple[Source, Int[np.ndarray, " clip"]]], Int[Tensor, " batch"]]:
+        """The clips to take of each source for examples `numbers`; and what brings all of them into that order."""
         numbers = np.asarray(numbers, dtype=np.int64)
         require(len(numbers) > 0 and numbers.min() >= 0, "example numbers must be given and not be negative")
         drawn = self.source_of(numbers)
-        places = [np.flatnonzero(drawn == which) for which in range(len(self.sources))]
-        parts = [
-            self.sources[which].clips(self.clip_numbers(numbers[rows], which))
-            for which, rows in enumerate(places)
-            if len(rows)
-        ]
-        order = np.argsort(np.concatenate(places))
-        return Clip.concatenate(parts)[torch.from_numpy(order)]
+        places = {which: np.flatnonzero(drawn == which) for which in np.unique(drawn).tolist()}
+        parts = [(self.sources[which], self.clip_numbers(numbers[rows], which)) for which, rows in places.items()]
+        return parts, torch.from_numpy(np.argsort(np.concatenate(list(places.values()))))
+
+    def examples(self, numbers) -> Clip:
+        """Examples number `numbers`, in this order, from 0 on without end."""
+        parts, order = self.parts(numbers)
+        return Clip.concatenate([source.clips(wanted) for source, wanted in parts])[order]

@@ -39,7 +39,7 @@ from physnb.data.bodies import (
     standing,
 )
 from physnb.data.clips import Clip, DiscState
-from physnb.data.worlds import Draws
+from physnb.data.worlds import Draws, check_request
 
 ARRIVALS = {
     "fall": "falls on", "flight": "flies into", "roll": "rolls into", "ledge": "rolls off onto", "ramp": "rolls down to"
@@ -221,9 +221,7 @@ class TemplateSource:
         return tuple(dict.fromkeys(template.caption for template in templates_of(self.split)))
 
     def __post_init__(self) -> None:
-        choose("split", self.split, SPLITS)
-        require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
-        require(self.frames >= 2, f"a clip needs at least 2 frames, got {self.frames}")
+        check_request(self.split, self.seed, self.frames)
         require(self.size >= 8, f"frame size must be at least 8 pixels, got {self.size}")
 
     def clips(self, numbers: Int[np.ndarray, " batch"]) -> Clip:

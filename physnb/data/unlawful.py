@@ -27,10 +27,10 @@ from physnb.data.impossible import (
     teleport,
     time_reversal,
     vanish,
+    ways_to_break,
 )
 from physnb.data.laws import LAWS, Law, Motion, Parameters, uniform
 from physnb.data.scenery import render_scene
-from physnb.data.worlds import frame_times
 
 
 def go_on(b: Break, law: Law, parameters: Parameters, factor: torch.Tensor) -> DiscState:
@@ -66,10 +66,11 @@ Change = Callable[[Break, Law, Parameters], DiscState]
 
 @dataclass(frozen=True)
 class Kind:
-    """How a law is broken, and the options to choose from."""
+    """How a law is broken, and the options and moments to choose from, as `impossible.Kind` has them."""
 
     change: Change
     options: tuple[tuple[float, ...], ...] = ((),)
+    moment: str = "any"
 
 
 def _without_law(edit: Callable[[Break], DiscState]) -> Change:
@@ -81,7 +82,7 @@ KINDS = {
     "reversal": Kind(reversal),
     "energy_gain": Kind(energy_gain, ((2.0,), (2.5,))),
     "law_off": Kind(law_off),
-    "time_reversal": Kind(_without_law(time_reversal)),
+    "time_reversal": Kind(_without_law(time_reversal), moment="first"),
     "radius_change": Kind(_without_law(radius_change), tuple(product((0, 1), (RESIZE, 1 / RESIZE)))),
     "vanish": Kind(_without_law(vanish), ((0,), (1,))),
 }
@@ -104,7 +105,7 @@ def make_unlawful(clip: Clip, kind: str, *, frames_given: int = 3, seed: int = 0
     known = dict(zip(clip.indices.tolist(), clip.parameters, strict=True))
 
     def edit(state: DiscState, scenario: str, index: int) -> Edit:
-        ways = ways_to_break(state, kind, frames_given)
+        ways = ways_to_break(state, KINDS[kind], scenario, frames_given)
         parameters = {name: np.full(len(ways.moment), value) for name, value in known[index].items()}
         return pick_way(ways, KINDS[kind].change(ways, LAWS[scenario], parameters), f"{kind}/{scenario}/{index}", seed)
 
@@ -112,17 +113,3 @@ def make_unlawful(clip: Clip, kind: str, *, frames_given: int = 3, seed: int = 0
         return render_scene(scenario, clip.parameters, state, clip.frames.shape[2])
 
     return make_variants(clip, kind, edit, frames_given, scene)
-
-
-def ways_to_break(state: DiscState, kind: str, frames_given: int) -> Break:
-    """Every moment with every option; the last third of the generated frames, at least two, shows what follows."""
-    times = frame_times(state.positions.shape[1])
-    moments = times[
-        frames_given - 1 : len(times) - max(2, (len(times) - frames_given) // 3)
-    ]  # the last unchanged frame
-    if kind == "time_reversal":
-        moments = moments[:1]
-    rows = list(product(moments, KINDS[kind].options))
-    many = DiscState(**{name: value.expand(len(rows), *value.shape[1:]) for name, value in vars(state).items()})
-    option = torch.tensor([option for _, option in rows]).double()
-    return Break(many, torch.tensor([moment for moment, _ in rows]), option, 0.0)

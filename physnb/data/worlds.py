@@ -14,6 +14,7 @@ Where this differs from the published generator, and why:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +30,7 @@ from physnb.data.random import uniform_draws
 
 FIRST_FRAME_S = 0.01  # phyworld records frame 0 after one physics step
 VISIBLE_FRAMES = 24  # phyworld's NUM_MIN_FRAMES
-MAX_ATTEMPTS = 200  # draws of a collision before giving up; the box rejects large fast pairs
+MAX_ATTEMPTS = 200  # draws of a clip before giving up; the box rejects large fast pairs
 EDGES = ("coverage", "phyworld")
 
 
@@ -65,6 +66,10 @@ class Draws:
         unit, low_side = self.uniform(name), self.uniform(name + "/side") < 0.5
         bounds = np.where(out[:, None], np.where(low_side[:, None], ranges.low, ranges.high), ranges.inner)
         return bounds[:, 0] + (bounds[:, 1] - bounds[:, 0]) * unit
+
+
+# Arrays by name, a row a clip, and which rows fit the box.
+Attempt = Callable[[Draws, np.ndarray, int], tuple[dict[str, np.ndarray], np.ndarray]]
 
 
 def draw_buckets(scenario: str, split: str, seed: int, indices: np.ndarray) -> np.ndarray:
@@ -132,31 +137,44 @@ def _two_discs(draws: Draws, bucket: np.ndarray, frames: int) -> tuple[dict[str,
     return state, fits
 
 
+def check_request(split: str, seed: int, frames: int) -> None:
+    """Raise ValueError unless a simulator can be asked for clips like this."""
+    choose("split", split, SPLITS)
+    require(seed >= 0, f"seed must not be negative, got {seed}")
+    require(frames >= 2, f"a clip needs at least 2 frames, got {frames}")
+
+
+def draw_until_fits(
+    scenario: str, split: str, seed: int, indices: np.ndarray, bucket: np.ndarray, frames: int, draw: Attempt
+) -> dict[str, np.ndarray]:
+    """What draw(draws, bucket, frames) gives of every clip in the first attempt that it says fits.
+
+    Raises ValueError naming the clips for which none does.
+    """
+    kept, pending = None, np.arange(len(indices))
+    for attempt in range(MAX_ATTEMPTS):
+        drawn, fits = draw(Draws(scenario, split, seed, indices[pending], attempt), bucket[pending], frames)
+        kept = drawn if kept is None else kept
+        for name in kept:
+            kept[name][pending[fits]] = drawn[name][fits]
+        pending = pending[~fits]
+        if len(pending) == 0:
+            return kept
+    raise ValueError(f"no {scenario} of {frames} frames fits the box for clips {indices[pending].tolist()}")
+
+
 def sample_states(
     scenario: str, split: str, seed: int, indices: np.ndarray, frames: int
 ) -> tuple[DiscState, np.ndarray]:
     """True motion of the clips `indices` and their buckets; a function of (scenario, split, seed, index, frames)."""
     choose("scenario", scenario, SCENARIOS)
-    choose("split", split, SPLITS)
-    require(seed >= 0, f"seed must not be negative, got {seed}")
+    check_request(split, seed, frames)
     require(len(indices) > 0 and np.min(indices) >= 0, "clip indices must be given and not be negative")
-    require(frames >= 2, f"a clip needs at least 2 frames, got {frames}")
     bucket = draw_buckets(scenario, split, seed, indices)
     if scenario != "collision":
         state = _one_disc(scenario, Draws(scenario, split, seed, indices), bucket, frames)
     else:
-        state, pending = None, np.arange(len(indices))
-        for attempt in range(MAX_ATTEMPTS):
-            drawn, fits = _two_discs(Draws(scenario, split, seed, indices[pending], attempt), bucket[pending], frames)
-            state = drawn if state is None else state
-            for name in state:
-                state[name][pending[fits]] = drawn[name][fits]
-            pending = pending[~fits]
-            if len(pending) == 0:
-                break
-        require(
-            len(pending) == 0, f"no collision of {frames} frames fits the box for clips {indices[pending].tolist()}"
-        )
+        state = draw_until_fits(scenario, split, seed, indices, bucket, frames, _two_discs)
     return DiscState(**{name: torch.from_numpy(value).float() for name, value in state.items()}), bucket
 
 

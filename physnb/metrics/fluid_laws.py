@@ -17,6 +17,7 @@ from physnb.data.clips import FRAME_STEP_S, WORLD_SIZE, Clip
 from physnb.data.fluids import SETTINGS, inlet_rate, parameter_columns, pixel_weights, simulate_fluid, time_of_gain
 from physnb.data.unlawful_fluids import UNLAWFUL, make_unlawful_fluid
 from physnb.metrics.scores import Scores, scores
+from physnb.metrics.trajectory import check_match
 
 REACH = 1.2  # world units that the fastest flow of the phenomena goes in a frame
 UNITS = {"fluid_budget": "inflow of a frame", "fluid_transport": "inflow of a frame", "fluid_rise": "units/s"}
@@ -56,14 +57,7 @@ def metric_fluid_law(generated: Clip, true: Clip, *, frames_given: int = 3) -> d
     Leaves out momentum, swirls, looks, and sideways motion within REACH a frame.
     """
     time, height, width = true.frames.shape[1:4]
-    require(
-        generated.frames.shape == true.frames.shape and generated.scenarios == true.scenarios,
-        f"generated {tuple(generated.frames.shape)} and true {tuple(true.frames.shape)} clips do not match",
-    )
-    require(
-        generated.fps == true.fps == 1 / FRAME_STEP_S,
-        f"fluids have {1 / FRAME_STEP_S:g} frames/s; generated clips have {generated.fps:g}, true {true.fps:g}",
-    )
+    check_match(generated, true, "fluids")
     require(height == width > 0, f"frames of fluids are square, got {width} x {height}")
     require(1 <= frames_given < time, f"frames given must be in [1, {time - 1}] to judge a step, got {frames_given}")
     values = {name: torch.full((len(true),), torch.nan) for name in UNITS}

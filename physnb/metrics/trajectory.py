@@ -99,17 +99,22 @@ def _masked_mean(values: Tensor, use: Tensor) -> Float[Tensor, " batch"]:
     return torch.where(use, values, 0.0).sum(dims) / use.sum(dims)
 
 
-def check_pair(generated: Clip, true: Clip, frames_given: int) -> DiscState:
-    """The true state, after refusing clips that do not belong together."""
-    require(true.state is not None, "trajectory metrics need the true state; take the true clip from a simulator")
+def check_match(generated: Clip, true: Clip, simulated: str) -> None:
+    """Raise ValueError unless the clips are of one shape, of the same scenarios and at the rate of `simulated` ones."""
     require(
         generated.frames.shape == true.frames.shape and generated.scenarios == true.scenarios,
         f"generated {tuple(generated.frames.shape)} and true {tuple(true.frames.shape)} clips do not match",
     )
     require(
         generated.fps == true.fps == 1 / FRAME_STEP_S,
-        f"the worlds have {1 / FRAME_STEP_S:g} frames/s; generated clips have {generated.fps:g}, true {true.fps:g}",
+        f"{simulated} have {1 / FRAME_STEP_S:g} frames/s; generated clips have {generated.fps:g}, true {true.fps:g}",
     )
+
+
+def check_pair(generated: Clip, true: Clip, frames_given: int) -> DiscState:
+    """The true state, after refusing clips that do not belong together."""
+    require(true.state is not None, "trajectory metrics need the true state; take the true clip from a simulator")
+    check_match(generated, true, "the worlds")
     time = true.frames.shape[1]
     require(
         true.state.positions.shape[:2] == true.frames.shape[:2],

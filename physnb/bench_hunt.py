@@ -24,7 +24,8 @@ from physnb.generate import conditions, initial_noise
 from physnb.hooks import perturb_rows
 from physnb.memory import keep_freed_memory
 from physnb.model import VideoDiT
-from physnb.search import race_heads, rank_heads
+from physnb.race import race_heads
+from physnb.ranking import rank_heads
 from physnb.subjects import ModelSubject, Row, simulated_subject
 from physnb.trials import Trials
 
@@ -168,13 +169,14 @@ def bench_races(
     seconds, race = timed(
         lambda: race_heads(Trials(subject, progress=False), hunt.guidance, seed=hunt.seed, **settings)
     )
+    known_rows = len(known.subject.heads) * len(known.cases)
     races = [race_heads(known, hunt.guidance, seed=hunt.seed + turn, **settings) for turn in range(repetitions)]
     return dict(
         seconds=seconds,
         recall=spread([len(set(r.winners) & set(top)) / len(top) for r in races]),
         mean_recall=float(np.mean([len(set(r.winners) & set(top)) / len(top) for r in races])),
         same_set=float(np.mean([r.winners == top for r in races])),
-        rows=spread([r.rows / r.ranking.effects.numel() for r in races]),
+        rows=spread([r.rows / known_rows for r in races]),
         stages=[dataclasses.asdict(stage) for stage in race.stages],
     )
 
@@ -187,7 +189,7 @@ def compare_steps(model: VideoDiT, hunt: HuntConfig) -> list[dict[str, Any]]:
         trials = Trials(simulated_subject(model, dataclasses.replace(few, steps=steps), "selection"), progress=False)
         seconds[steps], rankings[steps] = timed(lambda trials=trials: rank_heads(trials, hunt.guidance))
     top = set(rankings[MANY_STEPS].top(hunt.top_k))
-    means = {steps: ranking.effects.nanmean(1) for steps, ranking in rankings.items()}
+    means = {steps: ranking.means for steps, ranking in rankings.items()}
     return [
         dict(
             steps=steps,

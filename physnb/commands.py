@@ -147,7 +147,8 @@ def command_hunt(args: argparse.Namespace) -> dict[str, Any]:
     from physnb.confirm import MOTION, confirm, confirm_heads, metric_units
     from physnb.executors import executor_named
     from physnb.plots import plot_differences, plot_head_map, save_figure
-    from physnb.search import check_subject_heads, hunt_heads, pilot_power
+    from physnb.ranking import check_subject_heads
+    from physnb.search import hunt_heads, pilot_power
     from physnb.store import TrialStore, prepare_folder, write_json
     from physnb.subjects import simulated_subject
     from physnb.trials import Trials

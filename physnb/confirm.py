@@ -15,8 +15,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from physnb.config import Guidance, HeadId, HeadSet, HuntConfig, OtherModel, head_set, require
-from physnb.search import HeadRanking, check_subject_heads, measure_effects
-from physnb.statistics import Estimate, benjamini_hochberg, bootstrap_mean, paired_difference, sign_flips
+from physnb.ranking import HeadRanking, check_subject_heads, measure_effects
+from physnb.statistics import (
+    Estimate,
+    benjamini_hochberg,
+    bootstrap_mean,
+    paired_difference,
+    resampled_means,
+    sign_flips,
+)
 from physnb.trials import Trials
 
 METRIC_UNITS = {  # the columns of result tables, in order
@@ -203,22 +210,19 @@ def confirm_heads(
     alone, _ = sign_flips(effects)
     verdicts = []
     for head, fresh, p, q in zip(heads, effects, alone, benjamini_hochberg(alone), strict=True):
-        chosen = ranking.effects[ranking.heads.index(head)]
-        verdict = HeadVerdict(
-            head, bootstrap_mean(chosen), bootstrap_mean(fresh), mean_gap(chosen, fresh), float(p), float(q)
-        )
-        verdicts.append(verdict)
+        row = ranking.heads.index(head)
+        gap = mean_gap(ranking.effects[row], fresh, None if ranking.weights is None else ranking.weights[row])
+        verdicts.append(HeadVerdict(head, ranking.estimate(head), bootstrap_mean(fresh), gap, float(p), float(q)))
     return verdicts
 
 
-def mean_gap(chosen: Float[Tensor, " case"], fresh: Float[Tensor, " case"], resamples: int = 2000) -> Estimate:
-    """Mean of `fresh` minus mean of `chosen`, of different cases, with its 95 % bootstrap interval."""
-    known = [np.asarray(v, dtype=np.float64) for v in (chosen, fresh)]
-    known = [values[~np.isnan(values)] for values in known]
-    judged, cases = len(known[1]), len(fresh)
-    if not all(map(len, known)):
-        return Estimate(np.nan, np.nan, np.nan, 0, cases)
-    generator = np.random.default_rng(0)
-    drawn = [v[generator.integers(0, len(v), (resamples, len(v)))].mean(1) for v in known]
-    low, high = np.quantile(drawn[1] - drawn[0], [0.025, 0.975])
-    return Estimate(float(known[1].mean() - known[0].mean()), float(low), float(high), judged, cases)
+def mean_gap(
+    chosen: Float[Tensor, " case"], fresh: Float[Tensor, " case"], weights: Float[Tensor, " case"] | None = None
+) -> Estimate:
+    """Mean of `fresh` minus (weighted) mean of `chosen`, of different cases, with its 95 % bootstrap interval."""
+    promised, drawn_promised = resampled_means(chosen, weights, seed=1)
+    found, drawn_found = resampled_means(fresh)
+    if np.isnan(promised) or np.isnan(found):
+        return Estimate(np.nan, np.nan, np.nan, 0, len(fresh))
+    low, high = np.quantile(drawn_found - drawn_promised, [0.025, 0.975])
+    return Estimate(found - promised, float(low), float(high), int((~fresh.isnan()).sum()), len(fresh))

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from physnb.config import HeadSet, HuntConfig, head_set, require
-from physnb.search import check_subject_heads, measure_effects
+from physnb.ranking import check_subject_heads, measure_effects
 from physnb.statistics import RESAMPLES, Estimate, bootstrap_mean
 from physnb.trials import Trials
 

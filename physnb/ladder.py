@@ -1,7 +1,8 @@
 """The sanity ladder: what a metric must order before its numbers mean anything, and how small an error it can see.
 
 Each rung is a fake generation of known worth. A usable metric puts the copy first, a second take of the same case next,
-and the second take before every broken rung: frozen, reversed, shuffled, another case's clip, noise.
+and the second take before every broken rung: frozen, reversed, shuffled, another case's clip, noise. One that may steer
+a hunt also puts a faded clip, whose motion is right, before those whose motion is not: guidance strengthens contrast.
 Climb it on the data that the metric will be used on; one that judges collisions only needs collisions.
 
 Leaves out clips from which things vanish: an error given presence can pass and be blind to that.
@@ -23,10 +24,12 @@ from physnb.config import choose, require
 from physnb.data import Clip, DiscState, hash_draws, render, uniform_draws
 from physnb.data.worlds import frame_times
 from physnb.metrics import Scores
+from physnb.metrics.colour import stretch_contrast
 from physnb.statistics import Estimate, bootstrap_mean, paired_difference
 
 BROKEN = ("static", "reversed", "shuffled", "swapped", "noise")
-RUNGS = ("copy", "second_take", *BROKEN)
+RUNGS = ("copy", "second_take", "faded", *BROKEN)
+FADED = 0.2  # contrast of the faded rung; one in ten frames of the reference model is as faint out of distribution
 MIN_JUDGED = 0.5  # share of clips that must be judged in a rung, and in its difference to the second take
 SPEED_ERRORS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 TWO_SIDED = 1.96  # standard normal quantile of a 5 % test
@@ -37,7 +40,8 @@ MIN_PAIRS = 3  # clips that a rank correlation needs
 def make_rung(name: str, true: Clip, *, second: Clip, frames_given: int, seed: int = 0) -> Clip:
     """The clips of rung `name`, without a state, as if generated: start frames as in `true`, the rest by the rung.
 
-    copy: as in `true`. second_take: of `second`. static: the last start frame, repeated. reversed: in reverse order.
+    copy: as in `true`. second_take: of `second`. faded: as in `true` with its contrast times FADED.
+    static: the last start frame, repeated. reversed: in reverse order.
     shuffled: in an order drawn from (seed, clip index), never the true one. swapped: those of the next clip of the same
     scenario, in an order drawn from (seed, clip index). noise: every byte uniform, from (seed, clip index).
     Raises ValueError for an unknown rung, takes that do not match, fewer than 2 generated frames, or a scenario with
@@ -50,6 +54,8 @@ def make_rung(name: str, true: Clip, *, second: Clip, frames_given: int, seed: i
         made = generated
     elif name == "second_take":
         made = second.frames[:, frames_given:]
+    elif name == "faded":
+        made = stretch_contrast(true, FADED).frames[:, frames_given:]
     elif name == "static":
         made = true.frames[:, frames_given - 1 : frames_given].expand_as(generated)
     elif name == "reversed":
@@ -190,17 +196,22 @@ def verdict(rows: Sequence[RungScore], companion: Sequence[RungScore] | None = N
     4. at least half of the clips are judged in every rung. A broken rung that fails this alone is excused where
        `companion`, the same ladder under a measure of presence such as missing_rate, finds it worse than the
        second take.
-    usable: "hunting" where the ladder of a per-clip metric holds and every clip is judged in every rung; "reporting"
-    where it holds otherwise; else "not on this data". Rungs with clips that were not judged are always listed.
+    5. to steer a hunt: the faded rung is judged and has a better mean than every broken one; what it does not is in
+       `contrast`. A hunt by such a metric can be won by what makes discs darker and moves none.
+    usable: "hunting" where the ladder of a per-clip metric holds with rule 5 and every clip is judged in every rung;
+    "reporting" where it holds otherwise; else "not on this data". Rungs with clips that were not judged are always
+    listed.
     """
     found, beside = {row.rung: row for row in rows}, {row.rung: row for row in companion or ()}
     require(tuple(found) == RUNGS, f"a verdict needs one row for each of {', '.join(RUNGS)}, as `climb` returns them")
-    failures, ties, unjudged, excused = [], [], [], []
-    copy = found["copy"]
+    failures, ties, unjudged, excused, contrast = [], [], [], [], []
+    copy, faded = found["copy"], found["faded"]
     for name, row in found.items():
         outcome, counts = row.against_second, f"{name}: {row.mean.judged} of {row.mean.cases} clips judged"
         if row.mean.judged < row.mean.cases:
             unjudged.append(counts)
+        if name == "faded":
+            continue
         if outcome == "tie" and name != "second_take":
             ties.append(f"{name} ties with the second take")
         if outcome == "not judged" and name in BROKEN and name in beside and beside[name].against_second == "worse":
@@ -214,9 +225,14 @@ def verdict(rows: Sequence[RungScore], companion: Sequence[RungScore] | None = N
         # All differences are to the second take, so they rank the rungs whatever the metric's direction.
         if name in BROKEN and row.judged and copy.judged and row.difference.mean <= copy.difference.mean:
             failures.append("static wins" if name == "static" else f"{name} is as good as the copy")
-    steers = not any(row.set_level for row in rows) and not unjudged
+        if name in BROKEN and row.judged and faded.judged and row.difference.mean <= faded.difference.mean:
+            contrast.append(f"faded is no better than {name}")
+    if not faded.judged:
+        contrast.append("faded clips are not judged")
+    steers = not any(row.set_level for row in rows) and not unjudged and not contrast
     usable = "not on this data" if failures else "hunting" if steers else "reporting"
-    return dict(holds=not failures, failures=failures, ties=ties, unjudged=unjudged, excused=excused, usable=usable)
+    listed = dict(failures=failures, ties=ties, unjudged=unjudged, excused=excused, contrast=contrast)
+    return dict(holds=not failures, usable=usable) | listed
 
 
 def speed_up(true: Clip, error: float, *, frames_given: int = 3, edge: str = "coverage") -> Clip:

@@ -30,12 +30,12 @@ from physnb.metrics.physics_iq import measure_takes
 from physnb.metrics.preference import UNTRAINED, RewardModel, metric_reward
 from physnb.metrics.question_making import metric_answers
 from physnb.metrics.scores import scores
+from physnb.metrics.trajectory import RESTORE
 from physnb.model import VideoDiT
 
 ClipScorer = Callable[[Clip, Sequence[int]], Mapping[str, Scores]]  # generated clips of cases number ...
 Others = Mapping[str, VideoDiT] | None  # networks that OtherModel guidance names
 ModelScorer = Callable[[VideoDiT, Sequence[Guidance], Sequence[int], Others], Mapping[str, Scores]]
-RESTORE = 6.0  # a disc at a sixth of its shade still counts as there
 LOSS_LEVELS = 3  # noise levels of the preference objective; ten, as elsewhere, order heads no better for their price
 
 
@@ -189,7 +189,9 @@ OBJECTIVES = {
         Objective("position_error", TRAJECTORY, "units"),  # given presence: read missing_rate beside it
         Objective("velocity_error", TRAJECTORY, "units/s"),
         Objective("missing_rate", TRAJECTORY, "share"),  # a frozen disc is there: for asking what keeps discs alone
-        Objective("tracking_error/restored", RESTORED, "units"),  # blind to contrast
+        Objective("tracking_error/restored", RESTORED, "units"),  # these are blind to contrast
+        Objective("position_error/restored", RESTORED, "units"),
+        Objective("velocity_error/restored", RESTORED, "units/s"),
         Objective("physics_iq_verified", PHYSICS_IQ, "points", lower_is_better=False),
         Objective("physics_iq_raw", PHYSICS_IQ, "points", lower_is_better=False),
         Objective("answer_agreement", ANSWERS, "share", lower_is_better=False),

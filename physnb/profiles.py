@@ -10,7 +10,7 @@ from torch import Tensor
 
 from physnb.config import Guidance, HeadId, HuntConfig, require
 from physnb.flow import sampling_levels
-from physnb.search import HeadRanking, check_subject_heads, measure_effects
+from physnb.ranking import HeadRanking, check_subject_heads, measure_effects
 from physnb.statistics import Estimate, bootstrap_mean
 from physnb.subjects import ModelSubject
 from physnb.trials import Trials

@@ -1,8 +1,8 @@
 """Hunting heads: break them, guide away from the broken model, keep the heads whose guidance helps most.
 
-    rank_heads      every head on every selection case: the plain single-head ranking
-    race_heads      the same top k for fewer cases: heads that can no longer reach it, or fall out of it, stop early
-    hunt_heads      HeadHunter (2025, alg. 1): rounds of either, each adding its k best heads to those kept before
+    ranking.rank_heads    every head on every selection case: the plain single-head ranking
+    race.race_heads       the same top k for fewer rows: heads whose place is decided stop early
+    hunt_heads            HeadHunter (2025, alg. 1): rounds of either, each adding its k best heads to those kept before
 
 Every trial sees the same cases and the same noise, so heads are compared by paired differences. Heads are chosen here,
 on selection cases, and judged by `physnb.confirm` on others.
@@ -10,122 +10,18 @@ on selection cases, and judged by `physnb.confirm` on others.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from jaxtyping import Float
-from scipy.stats import t as student
-from torch import Tensor
 
-from physnb.config import PROMISES, Guidance, HeadId, HeadSet, HuntConfig, choose, head_set, require
-from physnb.objectives import Objective
-from physnb.statistics import Estimate, bootstrap_mean, cases_needed, detectable_effect, sign_flips
+from physnb.config import HeadId, HeadSet, HuntConfig, head_set, require
+from physnb.race import Race, race_heads
+from physnb.ranking import HeadRanking, check_subject_heads, measure_effects, rank_heads
+from physnb.statistics import cases_needed, detectable_effect
 from physnb.store import read_json
 from physnb.trials import Trials
-
-Guide = Callable[[HeadSet], Guidance]  # the trial of a head set: `HuntConfig.guidance`
-FIRST_CASES = 12  # of a race: fewer give no usable spread
-GROWTH = 1.5  # cases of a stage of a race over those of the stage before
-
-
-@dataclass(frozen=True)
-class HeadRanking:
-    """Effect of guiding away from each head: objective minus unguided, per case, turned so that negative is better.
-
-    effects[i] belongs to heads[i]; NaN where a case could not be judged, or where a race saved it. kept: heads of
-    earlier rounds, broken together with each. Leaves out how heads act together, and the luck of the best.
-    """
-
-    heads: HeadSet
-    effects: Float[Tensor, "head case"]
-    objective: Objective
-    kept: HeadSet = ()
-
-    @property
-    def label(self) -> str:
-        """What the effects are, for an axis: `tracking error minus unguided (units)`."""
-        name, unit = self.objective.name.replace("_", " "), f" ({self.objective.unit})" if self.objective.unit else ""
-        return f"{name} minus unguided{unit}" if self.objective.lower_is_better else f"unguided minus {name}{unit}"
-
-    def estimates(self) -> list[Estimate]:
-        """Mean effect of every head with its interval over cases."""
-        return [bootstrap_mean(row) for row in self.effects]
-
-    def order(self) -> HeadSet:
-        """All heads, most helpful first; those that no case could judge come last."""
-        means = self.effects.nanmean(1).nan_to_num(nan=math.inf)
-        return tuple(self.heads[i] for i in torch.argsort(means, stable=True).tolist())
-
-    def top(self, k: int) -> HeadSet:
-        """The k heads that help most, as a head set."""
-        require(1 <= k <= len(self.heads), f"top k must be in [1, {len(self.heads)}], got {k}")
-        return head_set(self.order()[:k])
-
-    def layer_map(self) -> Float[Tensor, "layer head"]:
-        """Mean effects as a layer x head table."""
-        return head_table(dict(zip(self.heads, self.effects.nanmean(1), strict=True)), self.heads)
-
-    def to_rows(self) -> list[dict]:
-        """One dict a head, most helpful first: head, estimate, and p of a mean below 0, alone and for all heads.
-
-        The p values are `statistics.sign_flips`; where a race saved cases they are of those that were run, which were
-        not fixed beforehand, so they describe and do not prove: that is what confirmation is for.
-        """
-        columns = zip(self.heads, self.estimates(), *sign_flips(self.effects), strict=True)
-        rows = {
-            head: dict(head=str(head)) | estimate.to_dict() | dict(p=float(alone), p_all_heads=float(corrected))
-            for head, estimate, alone, corrected in columns
-        }
-        return [rows[head] for head in self.order()]
-
-
-def head_table(values: Mapping[HeadId, float], heads: HeadSet) -> Float[Tensor, "layer head"]:
-    """One number a head as a layer x head table as large as `heads` need, NaN where there is none."""
-    shape = (max(head.layer for head in heads) + 1, max(head.head for head in heads) + 1)
-    table = torch.full(shape, torch.nan)
-    for head, value in values.items():
-        table[head.layer, head.head] = value
-    return table
-
-
-def effects_so_far(trials: Trials, guide: Guide, heads: HeadSet) -> HeadRanking:
-    """The ranking of heads alone from the rows that are there, NaN where there is none yet."""
-    found, name, sign = trials.found, trials.subject.objective.name, trials.subject.objective.sign
-    baseline = found.get(Guidance(), {})
-    effects = torch.full((len(heads), len(trials.cases)), torch.nan)
-    for row, head in zip(effects, heads, strict=True):
-        for case, scores in found.get(guide((head,)), {}).items():
-            if case in baseline:
-                row[case] = sign * (scores[name] - baseline[case][name])
-    return HeadRanking(heads, effects, trials.subject.objective)
-
-
-@dataclass(frozen=True)
-class RaceStage:
-    """What a race knew after one stage: cases a head, and how many heads were safely in, safely out, or still ran."""
-
-    cases: int
-    settled: int
-    dropped: int
-    running: int
-
-
-@dataclass(frozen=True)
-class Race:
-    """The winners of a race, its ranking with NaN where it saved a row, and how it went."""
-
-    winners: HeadSet
-    ranking: HeadRanking
-    stages: tuple[RaceStage, ...]
-
-    @property
-    def rows(self) -> int:
-        """Head and case rows that were needed."""
-        return int((~self.ranking.effects.isnan()).sum())
 
 
 @dataclass(frozen=True)
@@ -145,139 +41,6 @@ class Hunt:
     def heads(self) -> HeadSet:
         """The hunted heads as a head set."""
         return head_set(self.picked)
-
-
-def check_subject_heads(trials: Trials, heads: Sequence[HeadId] | None) -> HeadSet:
-    """`heads`, or all of the subject; raises ValueError naming the first that it lacks."""
-    known = trials.subject.heads
-    heads = known if heads is None else head_set(heads)
-    for head in heads:
-        last = max(h.layer for h in known), max(h.head for h in known)
-        require(
-            head in known, f"head {head} does not exist: the model has layers 0 to {last[0]} with heads 0 to {last[1]}"
-        )
-    return heads
-
-
-def measure_effects(
-    trials: Trials, guidances: Sequence[Guidance], cases: Sequence[int] | None = None, label: str = "trials"
-) -> Float[Tensor, "trial case"]:
-    """Objective of each trial minus that of no guidance, case by case, turned so that negative is better.
-
-    NaN where either could not be judged; throughout, where that is so of more than half of the cases that the unguided
-    clips could be judged on: a mean over the few that are left would say little, and absence must not win.
-    Raises ValueError where no case of any trial could be judged both with and without guidance.
-    """
-    baseline, *values = trials.scores([Guidance(), *guidances], cases, label=label)
-    effects = trials.subject.objective.sign * (torch.stack(values) - baseline)
-    judged = (~effects.isnan()).sum(1, keepdim=True)
-    require(
-        len(guidances) == 0 or bool(judged.any()),
-        f"objective {trials.subject.objective.name} could not be judged both with and without guidance on any case; "
-        "choose another objective or other cases",
-    )
-    return torch.where(2 * judged >= (~baseline.isnan()).sum(), effects, torch.nan)
-
-
-def rank_heads(
-    trials: Trials,
-    guide: Guide,
-    heads: Sequence[HeadId] | None = None,
-    *,
-    kept: HeadSet = (),
-    cases: Sequence[int] | None = None,
-) -> HeadRanking:
-    """The effect of every head, broken together with `kept`, on `cases` (default: all); `kept` ones are left out."""
-    pool = tuple(head for head in check_subject_heads(trials, heads) if head not in kept)
-    require(len(pool) > 0, "no head is left to rank")
-    effects = measure_effects(trials, [guide(head_set((*kept, head))) for head in pool], cases, label="hunt")
-    return HeadRanking(pool, effects, trials.subject.objective, kept)
-
-
-def race_heads(
-    trials: Trials,
-    guide: Guide,
-    k: int,
-    heads: Sequence[HeadId] | None = None,
-    *,
-    kept: HeadSet = (),
-    confidence: float = 0.9,
-    promise: str = "set",
-    seed: int = 0,
-    budget: int = 0,
-) -> Race:
-    """The k heads that `rank_heads` would put first, for fewer rows.
-
-    promise "set": all k are the same with a chance of about `confidence`. "head": each of the k is found with that
-    chance, so about that share of them; a good deal cheaper where heads at the border are alike.
-
-    Successive elimination with paired differences. Cases come in an order drawn by `seed`, FIRST_CASES of them for
-    every head, GROWTH times as many in every later stage. After a stage a head outside the top k is dropped where its
-    mean exceeds that of the k-th best head beyond doubt, and one inside is settled where that of the (k + 1)-th best
-    exceeds its own. Beyond doubt: Student's t interval of the paired difference, level (1 - confidence) over stages,
-    and over heads for the set (Bonferroni), with the standard error scaled by sqrt((N - n) / (N - 1)): the n cases are
-    drawn without replacement from the N that the exhaustive search would average over: at n = N there is no doubt.
-    Approximate where differences are far from normal, and as the k-th best is itself an estimate. A case that could not
-    be judged for either of two heads leaves their difference.
-    budget: rows at most, 0 for no limit; a race that would go beyond takes the best so far, and its last stage says how
-    many heads still ran. Raises ValueError if not even the first stage fits.
-    """
-    pool = tuple(head for head in check_subject_heads(trials, heads) if head not in kept)
-    require(1 <= k <= len(pool), f"top k must be in [1, {len(pool)}], the heads to hunt, got {k}")
-    require(0 < confidence < 1, f"confidence must be in (0, 1), got {confidence}")
-    choose("promise", promise, PROMISES)
-    count = len(trials.cases)
-    order = np.random.default_rng(seed).permutation(count).tolist()
-    sizes = stage_sizes(count)
-    level = (1 - confidence) / len(sizes) / (len(pool) if promise == "set" else 1)
-    effects = torch.full((len(pool), count), torch.nan)
-    running, settled, stages, rows, before = list(range(len(pool))), [], [], 0, 0
-    require(
-        budget == 0 or budget >= (len(pool) + 1) * sizes[0],
-        f"a budget of {budget} rows is too small for a race of {len(pool)} heads, which begins with "
-        f"{(len(pool) + 1) * sizes[0]}; give more, or fewer heads",
-    )
-    for size in sizes:
-        rows += (len(running) + 1) * (size - before)  # every head that still runs, and no guidance
-        if 0 < budget < rows:
-            break
-        cases, before = order[:size], size
-        found = measure_effects(trials, [guide(head_set((*kept, pool[i]))) for i in running], cases, label="race")
-        for i, row in zip(running, found, strict=True):
-            effects[i, cases] = row
-        running.sort(key=lambda i: float(effects[i].nanmean().nan_to_num(nan=math.inf)))
-        wanted = k - len(settled)
-        inside, outside = running[:wanted], running[wanted:]
-        if outside:
-            last, first = inside[-1], outside[0]
-            safe = [i for i in inside if surely_below(effects[i, cases], effects[first, cases], count, level)]
-            lost = [i for i in outside if surely_below(effects[last, cases], effects[i, cases], count, level)]
-            settled += safe
-            running = [i for i in running if i not in safe and i not in lost]
-        stages.append(RaceStage(size, len(settled), len(pool) - len(settled) - len(running), len(running)))
-        if len(settled) + len(running) == k or len(settled) == k or size == count:
-            break
-    winners = [*settled, *running[: k - len(settled)]]
-    ranking = HeadRanking(pool, effects, trials.subject.objective, kept)
-    return Race(head_set([pool[i] for i in winners]), ranking, tuple(stages))
-
-
-def stage_sizes(count: int) -> list[int]:
-    """Cases of every head in the stages of a race over `count` cases; the last is all of them."""
-    sizes = [min(FIRST_CASES, count)]
-    while sizes[-1] < count:
-        sizes.append(min(count, math.ceil(sizes[-1] * GROWTH)))
-    return sizes
-
-
-def surely_below(low: Float[Tensor, " case"], high: Float[Tensor, " case"], count: int, level: float) -> bool:
-    """Whether the mean of `low` over all `count` cases is below that of `high`, beyond doubt at `level` (one-sided)."""
-    difference = (high - low)[~(high - low).isnan()].double()
-    n = len(difference)
-    if n < 2:
-        return n < len(low) and bool(high.isnan().all()) and not bool(low.isnan().all())
-    error = difference.std() / math.sqrt(n) * math.sqrt(max(0, count - len(low)) / max(1, count - 1))
-    return bool(difference.mean() > student.ppf(1 - level, n - 1) * error)
 
 
 def hunt_heads(trials: Trials, hunt: HuntConfig, heads: Sequence[HeadId] | None = None) -> Hunt:

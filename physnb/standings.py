@@ -38,9 +38,11 @@ from physnb.metrics.physics_iq import (
 )
 from physnb.metrics.preference import UNTRAINED, RewardModel, metric_reward
 from physnb.metrics.question_making import metric_answers
+from physnb.metrics.trajectory import RESTORE
 
 Judge = Callable[[Clip], Scores | SetScore]
 TRAJECTORY = ("missing_rate", "position_error", "velocity_error", "tracking_error", "radius_drift")
+RESTORED = ("position_error", "velocity_error", "tracking_error")  # also with faded discs brought back
 AFTER_IMPACT = ("momentum_error", "energy_error")
 GIVEN_PRESENCE = ("position_error", "velocity_error", "radius_drift", *AFTER_IMPACT)  # judged beside missing_rate
 PHYSICS_IQ = {"physics_iq_verified": "verified", "physics_iq_raw": "physics_iq_raw"}
@@ -66,14 +68,15 @@ def judges(
     """
     takes = measure_takes(true, second, frames_given=frames_given)
 
-    def trajectory(name: str, made: Clip) -> Scores:
-        return metric_trajectory(made, true, frames_given=frames_given)[name]
+    def trajectory(name: str, made: Clip, restore: float = 1.0) -> Scores:
+        return metric_trajectory(made, true, frames_given=frames_given, restore=restore)[name]
 
     def physics_iq(name: str, made: Clip) -> Scores:
         return takes.compare(made).scores()[name]
 
     names = TRAJECTORY + (AFTER_IMPACT if set(true.scenarios) == {"collision"} else ())
     found: dict[str, Judge] = {name: partial(trajectory, name) for name in names}
+    found |= {f"{name}/restored": partial(trajectory, name, restore=RESTORE) for name in RESTORED}
     found |= {name: partial(physics_iq, official) for name, official in PHYSICS_IQ.items()}
     found["answers"] = lambda made: metric_answers(made, true, seed=seed)["answer_agreement"]
     found["reward"] = lambda made: metric_reward(made, reward)
@@ -111,7 +114,8 @@ class Standing:
         """One row of a table, for JSON: use, mean of every rung, and why the use is not better."""
         v = self.verdict
         rungs = {row.rung: row.mean.to_dict() for row in self.rows}
-        why = [*v["failures"], *v["unjudged"]] or (["judges sets alone"] if self.rows[0].set_level else [])
+        why = [*v["failures"], *v["contrast"], *v["unjudged"]]
+        why = why or (["judges sets alone"] if self.rows[0].set_level else [])
         return dict(metric=self.name, usable=self.usable) | rungs | dict(why="; ".join(why))
 
     def to_cost(self) -> dict[str, Any]:

@@ -33,18 +33,35 @@ class Estimate:
         return {name: None if value != value else value for name, value in vars(self).items()}
 
 
-def bootstrap_mean(values: Float[Tensor, " clip"], seed: int = 0) -> Estimate:
-    """Mean of the values that are not NaN, with the 2.5 and 97.5 % quantiles of resampled means (clips resampled).
+def resampled_means(
+    values: Float[Tensor, " clip"], weights: Float[Tensor, " clip"] | None = None, seed: int = 0
+) -> tuple[float, Float[np.ndarray, " resample"]]:
+    """The mean of the values that are not NaN, and the means of RESAMPLES resamples of them; NaN where there are none.
 
-    Leaves out the clips that could not be judged: read `judged` beside it.
+    weights: of each value, above 0; equal if None. They are resampled with their values.
     """
     values = np.asarray(values, dtype=np.float64)
     known = values[~np.isnan(values)]
     if len(known) == 0:
-        return Estimate(np.nan, np.nan, np.nan, 0, len(values))
-    resamples = np.random.default_rng(seed).integers(0, len(known), (RESAMPLES, len(known)))
-    low, high = np.quantile(known[resamples].mean(1), [0.025, 0.975])
-    return Estimate(float(known.mean()), float(low), float(high), len(known), len(values))
+        return np.nan, np.full(RESAMPLES, np.nan)
+    drawn = np.random.default_rng(seed).integers(0, len(known), (RESAMPLES, len(known)))
+    if weights is None:
+        return float(known.mean()), known[drawn].mean(1)
+    w = np.asarray(weights, dtype=np.float64)[~np.isnan(values)]
+    return float((w * known).sum() / w.sum()), (w * known)[drawn].sum(1) / w[drawn].sum(1)
+
+
+def bootstrap_mean(
+    values: Float[Tensor, " clip"], seed: int = 0, weights: Float[Tensor, " clip"] | None = None
+) -> Estimate:
+    """Mean of the values that are not NaN, with the 2.5 and 97.5 % quantiles of resampled means (clips resampled).
+
+    weights: of each value; equal if None. Leaves out the clips that could not be judged: read `judged` beside it.
+    """
+    mean, drawn = resampled_means(values, weights, seed)
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    values = np.asarray(values, dtype=np.float64)
+    return Estimate(mean, float(low), float(high), int((~np.isnan(values)).sum()), len(values))
 
 
 def paired_difference(values: Float[Tensor, " clip"], baseline: Float[Tensor, " clip"], seed: int = 0) -> Estimate:

@@ -26,7 +26,7 @@ from physnb.confirm import (
     require_disjoint,
 )
 from physnb.metrics.colour import stretch_contrast
-from physnb.search import check_subject_heads
+from physnb.ranking import check_subject_heads
 from physnb.statistics import Estimate, paired_difference
 from physnb.subjects import ModelSubject
 from physnb.trials import Trials

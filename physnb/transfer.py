@@ -12,7 +12,8 @@ from physnb.config import HeadSet, HuntConfig, require
 from physnb.confirm import random_head_sets, require_disjoint
 from physnb.model import VideoDiT
 from physnb.profiles import cases_by_scenario, first_cases
-from physnb.search import head_names, measure_effects, rank_heads
+from physnb.ranking import measure_effects, rank_heads
+from physnb.search import head_names
 from physnb.statistics import Estimate, bootstrap_mean, paired_difference
 from physnb.store import TrialStore
 from physnb.subjects import simulated_subject

@@ -188,12 +188,17 @@ class Trials:
                 store.close()
 
     def scores(
-        self, trials: Sequence[Guidance], cases: Sequence[int] | None = None, name: str = "", label: str = "trials"
+        self,
+        trials: Sequence[Guidance],
+        cases: Sequence[int] | None = None,
+        name: str = "",
+        label: str = "trials",
+        required: bool = True,
     ) -> Float[Tensor, "trial case"]:
         """The objective, or the score `name` of its judge, of every trial on every case (default: all cases).
 
-        Raises ValueError for a case or a score that is not there, for an objective that cannot judge a single row, and
-        where it raises itself, naming the row; rows that were scored before are kept.
+        Raises ValueError for a case or a score that is not there, for an objective that cannot judge a single row
+        (unless `required` is false), and where it raises itself, naming the row; rows that were scored before are kept.
         """
         cases = list(self.cases if cases is None else cases)
         unknown = [case for case in cases if case not in self.cases]
@@ -207,7 +212,7 @@ class Trials:
         table = torch.tensor([[scores[name] for scores in row] for row in rows]).reshape(len(rows), len(cases))
         names = ", ".join(trial_name(trial) for trial in trials[:2])
         require(
-            table.numel() == 0 or name != objective or not bool(table.isnan().all()),
+            not required or table.numel() == 0 or name != objective or not bool(table.isnan().all()),
             f"objective {name} is not a number on any of {len(cases)} cases of {len(trials)} trials ({names}, ...), so "
             "nothing can be compared; look at one clip, then choose another objective or other cases",
         )

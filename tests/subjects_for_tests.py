@@ -134,12 +134,13 @@ def motion_trials(
 
 
 class TableSubject:
-    """A subject whose scores are a table made up by a test: one row a head, guided by it alone; no guidance scores 0.
+    """A subject whose scores are a table made up by a test: one row a head, guided by it alone, over `unguided` or 0.
 
     Sets of heads score the sum of their rows, less the product of `bonus` where all its heads are there.
     """
 
-    def __init__(self, effects, objective=objective_named("tracking_error"), together=(), part="case"):
+    def __init__(self, effects, objective=objective_named("tracking_error"), together=(), part="case", unguided=None):
+        self.unguided = torch.zeros(effects.shape[1]) if unguided is None else unguided
         self.effects, self.objective, self.together = effects, objective, head_set(together)
         self.heads = head_set([(0, i) for i in range(len(effects))])
         self.case_names = tuple(f"{part} {i}" for i in range(effects.shape[1]))
@@ -155,7 +156,7 @@ class TableSubject:
         for trial, case in rows:
             heads = [h for _, weak in trial.weak for h in weak.heads]
             bonus = -10.0 if self.together and set(self.together) <= set(heads) else 0.0
-            values.append(sum(float(self.effects[h.head, case]) for h in heads) + bonus)
+            values.append(sum(float(self.effects[h.head, case]) for h in heads) + bonus + float(self.unguided[case]))
         return {self.objective.name: torch.tensor(values)}
 
 

@@ -54,16 +54,18 @@ ALLOWED = {  # data and metrics are one module each; `__init__` is what `import 
     "space",
     "trials": "config store subjects",
     "executors": "config memory subjects trials",
-    "search": "config objectives statistics store trials",
-    "confirm": "config search statistics trials",
-    "strength": "config confirm metrics search statistics subjects trials",
-    "profiles": "config flow search statistics subjects trials",
-    "contributions": "config search statistics trials",
-    "transfer": "config confirm model profiles search statistics store subjects trials",
+    "ranking": "config objectives statistics trials",
+    "race": "config ranking trials",
+    "search": "config race ranking statistics store trials",
+    "confirm": "config ranking statistics trials",
+    "strength": "config confirm metrics ranking statistics subjects trials",
+    "profiles": "config flow ranking statistics subjects trials",
+    "contributions": "config ranking statistics trials",
+    "transfer": "config confirm model profiles ranking search statistics store subjects trials",
     "analysis": "config data families flow generate hooks model statistics",
     "pictures": "config data plots",
     "attention_pictures": "analysis config data",
-    "widgets": "analysis attention_pictures choices config confirm data metrics pictures plots profiles search "
+    "widgets": "analysis attention_pictures choices config confirm data metrics pictures plots profiles ranking "
     "strength trials",
     "results": "plots store",
     "tables": "",
@@ -74,10 +76,10 @@ ALLOWED = {  # data and metrics are one module each; `__init__` is what `import 
     "bench": "config data memory model train",
     "bench_data": "bench config data memory train",
     "bench_heads": "bench config flow guidance hooks memory model",
-    "bench_hunt": "bench config flow generate hooks memory model search subjects trials",
+    "bench_hunt": "bench config flow generate hooks memory model race ranking subjects trials",
     "standings": "bench config data ladder metrics",
     "commands": "bench bench_data bench_heads bench_hunt checkpoint codec config confirm data evaluate executors "
-    "generate metrics plots pretrained runs scaling search space standings store subjects sweeps "
+    "generate metrics plots pretrained ranking runs scaling search space standings store subjects sweeps "
     "text train trials",
     "__main__": "commands config tables",
 }

@@ -18,7 +18,7 @@ from physnb.data.variants import kinds_for, make_impossible
 from physnb.families import heads_of
 from physnb.plots import effect_colours
 from physnb.profiles import measure_profiles, scenario_profiles
-from physnb.search import head_table, rank_heads
+from physnb.ranking import head_table, rank_heads
 from physnb.store import TrialStore
 from physnb.strength import measure_arms, weight_grid
 from physnb.widgets import HeadMap, browse, browse_heads, browse_phenomena, browse_strength, long_action

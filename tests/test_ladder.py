@@ -13,6 +13,7 @@ from physnb.data import Clip, simulate
 from physnb.data.worlds import frame_times
 from physnb.ladder import (
     BROKEN,
+    FADED,
     RUNGS,
     RungScore,
     climb,
@@ -24,6 +25,7 @@ from physnb.ladder import (
 )  # fmt: skip
 from physnb.metrics import Scores, metric_trajectory
 from physnb.metrics.scores import scores
+from physnb.metrics.trajectory import RESTORE
 from physnb.statistics import Estimate
 
 GIVEN = 3
@@ -56,6 +58,7 @@ def test_each_rung_is_what_it_says(true, rungs):
     real = true.frames[:, GIVEN:]
     assert torch.equal(after["second_take"], take_two(true).frames[:, GIVEN:])
     assert torch.equal(after["reversed"], real.flip(1))
+    assert ((255 - after["faded"].float()) - FADED * (255 - real.float())).abs().max() <= 0.5
     assert (after["static"] == true.frames[:, GIVEN - 1 : GIVEN]).all()
     for clip in range(len(true)):
         order = [next(t for t in range(7) if torch.equal(f, real[clip, t])) for f in after["shuffled"][clip]]
@@ -92,7 +95,7 @@ def test_rungs_are_functions_of_seed_and_case(seed, name, given):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: dict(name="upside_down"), "unknown rung 'upside_down'; choose one of copy, second_take, static"),
+        (lambda t: dict(name="upside_down"), "unknown rung 'upside_down'; choose one of copy, second_take, faded"),
         (lambda t: dict(frames_given=0), r"frames given must be in \[1, 8\] for a ladder on 10 frames, got 0"),
         (lambda t: dict(frames_given=9), r"frames given must be in \[1, 8\] for a ladder on 10 frames, got 9"),
         (lambda t: dict(true=t[0:1], second=t[0:1]), "one clip of scenario 'uniform' cannot be swapped"),
@@ -158,8 +161,8 @@ def test_metrics_that_return_something_else_are_refused(true, metric, message):
 
 
 def ladder(judged: dict[str, int] | None = None, set_level: bool = False, **differences: float) -> list[RungScore]:
-    """Rows with the given mean differences to the second take, each +- 0.1; copy -1, second 0 and the others 1."""
-    middle = dict(copy=-1.0, second_take=0.0) | dict.fromkeys(BROKEN, 1.0) | differences
+    """Rows of given mean differences to the second take, each +- 0.1; copy -1, second 0, faded 0.5, the others 1."""
+    middle = dict(copy=-1.0, second_take=0.0, faded=0.5) | dict.fromkeys(BROKEN, 1.0) | differences
     rows = []
     for name in RUNGS:
         count, d = (judged or {}).get(name, 10), middle[name]
@@ -171,7 +174,8 @@ def ladder(judged: dict[str, int] | None = None, set_level: bool = False, **diff
 
 
 def test_a_ladder_in_order_holds():
-    assert verdict(ladder()) == dict(holds=True, failures=[], ties=[], unjudged=[], excused=[], usable="hunting")
+    nothing = dict(failures=[], ties=[], unjudged=[], excused=[], contrast=[])
+    assert verdict(ladder()) == dict(holds=True, usable="hunting") | nothing
     assert verdict(ladder(set_level=True))["usable"] == "reporting"
 
 
@@ -191,6 +195,16 @@ def test_each_rule_fails_alone(differences, failure, set_level):
         differences = dict(shuffled=0.0)
     found = verdict(ladder(set_level=set_level, **differences))
     assert failure in found["failures"] and not found["holds"] and found["usable"] == "not on this data"
+
+
+def test_a_metric_that_rewards_contrast_may_report_and_not_steer():
+    found = verdict(ladder(faded=1.5, noise=2.0))
+    assert found["holds"] and found["usable"] == "reporting"
+    assert found["contrast"] == [f"faded is no better than {name}" for name in BROKEN if name != "noise"]
+    found = verdict(ladder(judged=dict(faded=2)))
+    assert (found["failures"], found["usable"]) == ([], "reporting")
+    assert found["contrast"] == ["faded clips are not judged"]
+    assert verdict(ladder(faded=-2.0))["usable"] == "hunting"  # nothing is wrong with liking the faint
 
 
 def test_a_copy_that_ties_is_listed_and_allowed():
@@ -216,7 +230,7 @@ def test_a_few_clips_not_judged_are_shown_and_make_no_objective():
 
 def test_nothing_judged_never_holds_and_a_missing_rung_is_refused():
     found = verdict(ladder(judged=dict.fromkeys(RUNGS, 0)))
-    assert not found["holds"] and len(found["failures"]) == len(RUNGS)
+    assert not found["holds"] and len(found["failures"]) == len(RUNGS) - 1  # faded clips are no failure
     with pytest.raises(ValueError, match="a verdict needs one row for each of copy, second_take"):
         verdict(ladder()[1:])
 
@@ -242,19 +256,26 @@ def trajectory_ladder(clips: Clip) -> dict[str, list[RungScore]]:
         def metric(made: Clip) -> Scores:
             key = hash(made.frames.numpy().tobytes())
             if key not in found:
-                found[key] = metric_trajectory(made, clips)
+                found[key] = score(made)
             return found[key][name]
 
         return metric
 
-    return {name: climb(metric_called(name), clips, take_two(clips)) for name in metric_trajectory(clips, clips)}
+    def score(made: Clip) -> dict[str, Scores]:
+        restored = metric_trajectory(made, clips, restore=RESTORE)
+        return metric_trajectory(made, clips) | {f"{name}/restored": value for name, value in restored.items()}
+
+    return {name: climb(metric_called(name), clips, take_two(clips)) for name in score(clips)}
 
 
 def test_trajectory_metrics_that_pass_their_ladder():
     parts = [simulate(s, "id", range(8), frames=16, size=32) for s in ("uniform", "parabola", "collision")]
     ladders = trajectory_ladder(Clip.concatenate(parts))
     for name in ("position_error", "velocity_error", "tracking_error"):
-        assert verdict(ladders[name])["usable"] == "hunting", name
+        found = verdict(ladders[name])
+        assert found["holds"] and found["usable"] == "reporting" and found["contrast"], name
+        restored = verdict(ladders[f"{name}/restored"])
+        assert restored["usable"] == "hunting" and restored["contrast"] == [], name
     # and those that do not: a still picture keeps its radius best, and coloured noise has enough red to pass as a disc
     drift, missing = verdict(ladders["radius_drift"]), verdict(ladders["missing_rate"])
     assert "static wins" in drift["failures"] and "noise is as good as the copy" in missing["failures"]
@@ -269,7 +290,8 @@ def test_conservation_errors_pass_their_ladder_on_collisions():
         found = verdict(ladders[name])
         assert found["holds"] and found["ties"] == ["copy ties with the second take"]  # both obey the law
         # some swapped clips have their impact elsewhere, and too few frames around the true one
-        assert len(found["unjudged"]) == 1 and "swapped" in found["unjudged"][0] and found["usable"] == "reporting"
+        assert [text.split(":")[0] for text in found["unjudged"]] == ["faded", "swapped"]
+        assert found["usable"] == "reporting"
 
 
 def test_speed_error_of_free_motion_by_hand():

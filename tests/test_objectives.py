@@ -12,7 +12,7 @@ from physnb.likelihood import clip_losses, noise_levels, pair_losses, preference
 from physnb.metrics import Scores
 from physnb.metrics.preference import UNTRAINED, RewardModel
 from physnb.objectives import LOSS_LEVELS, OBJECTIVES, Objective, clip_judge, objective_named, reward_objective
-from physnb.search import rank_heads
+from physnb.ranking import rank_heads
 from physnb.subjects import ModelSubject, judged
 
 OFF = Guidance()

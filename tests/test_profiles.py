@@ -7,7 +7,7 @@ from subjects_for_tests import MOTION_HEAD, MOTION_HUNT, STAY_HEAD, motion_model
 from physnb.config import Guidance, preset
 from physnb.flow import sampling_levels
 from physnb.profiles import cases_by_scenario, measure_profiles, profile_rows, scenario_profiles
-from physnb.search import measure_effects, rank_heads
+from physnb.ranking import measure_effects, rank_heads
 from physnb.statistics import bootstrap_mean
 from physnb.subjects import simulated_subject
 from physnb.trials import Trials

@@ -3,22 +3,13 @@ import math
 
 import pytest
 import torch
-from subjects_for_tests import TableSubject, table_trials
+from subjects_for_tests import table_trials
 
 from physnb.config import HeadId, HuntConfig, head_set
 from physnb.families import attention_layers, heads_of
 from physnb.objectives import OBJECTIVES
-from physnb.search import (
-    HeadRanking,
-    Power,
-    hunt_heads,
-    hunted_heads,
-    pilot_power,
-    race_heads,
-    rank_heads,
-    stage_sizes,
-    surely_below,
-)
+from physnb.ranking import HeadRanking, rank_heads
+from physnb.search import Power, hunt_heads, hunted_heads, pilot_power
 from physnb.store import write_json
 from physnb.subjects import simulated_subject
 from physnb.trials import Trials
@@ -163,70 +154,6 @@ def test_nothing_is_generated_for_heads_already_kept():
     sets = {tuple(h for _, weak in trial.weak for h in weak.heads) for trial, _ in trials.subject.rows}
     assert sorted(map(len, sets)) == [0, *[1] * 5, *[3] * 3]  # unguided once, 5 heads, then the 3 that are left
     assert len(trials.subject.rows) == len(set(trials.subject.rows)) == 9 * 4
-
-
-# --- races
-
-
-@pytest.fixture(params=range(5))
-def noisy_effects(request):
-    """24 heads on 200 cases: what cases share, heads that differ by a quarter of the noise, and heavy tails."""
-    generator = torch.Generator().manual_seed(request.param)
-    means = torch.linspace(-1, 1, 24)[torch.randperm(24, generator=generator)]
-    shared = torch.randn(200, generator=generator)
-    return means[:, None] + shared + torch.randn(24, 200, generator=generator) ** 3 / 10
-
-
-def test_race_finds_the_heads_of_the_exhaustive_search_for_fewer_rows(noisy_effects):
-    race = race_heads(table_trials(noisy_effects), HUNT.guidance, 6, confidence=0.9)
-    assert race.winners == rank_heads(table_trials(noisy_effects), HUNT.guidance).top(6)
-    assert race.rows < 0.6 * noisy_effects.numel()
-    assert [stage.cases for stage in race.stages] == stage_sizes(200)[: len(race.stages)]
-    for stage in race.stages:
-        assert stage.settled + stage.dropped + stage.running == 24
-
-
-def test_race_between_equals_runs_to_the_end_and_agrees(noisy_effects):
-    alike = noisy_effects - noisy_effects.mean(1, keepdim=True) + 0.01 * torch.randn(24, 1)
-    race = race_heads(table_trials(alike), HUNT.guidance, 6)
-    assert race.winners == rank_heads(table_trials(alike), HUNT.guidance).top(6)
-    assert race.stages[-1].cases == 200
-
-
-def test_race_keeps_its_promise_over_many_orders():
-    """Same top k as the exhaustive search in nine of ten races, on heads that are hard to tell apart."""
-    generator = torch.Generator().manual_seed(3)
-    effects = torch.linspace(-0.3, 0.3, 12)[:, None] + torch.randn(12, 120, generator=generator)
-    exhaustive = rank_heads(table_trials(effects), HUNT.guidance).top(4)
-    same = [race_heads(table_trials(effects), HUNT.guidance, 4, seed=s).winners == exhaustive for s in range(40)]
-    assert sum(same) >= 36
-
-
-def test_race_with_cases_that_cannot_be_judged(noisy_effects):
-    noisy_effects[:, ::7] = math.nan
-    noisy_effects[3] = math.nan
-    noisy_effects[3, 0:2] = -100.0  # seldom judged, and then well: it must not win on what nobody saw
-    subject = TableSubject(noisy_effects)
-    trials = Trials(subject, progress=False)
-    race = race_heads(trials, HUNT.guidance, 6)
-    assert race.winners == rank_heads(table_trials(noisy_effects), HUNT.guidance).top(6)
-
-
-def test_doubt_ends_where_all_cases_are_known():
-    low, high = torch.tensor([0.0, 5.0, 0.1]), torch.tensor([0.1, 4.9, 0.2])
-    assert surely_below(low, high, count=3, level=0.001)
-    assert not surely_below(low, high, count=30, level=0.001)
-    assert not surely_below(high, low, count=3, level=0.5)
-    assert stage_sizes(5) == [5] and stage_sizes(30) == [12, 18, 27, 30]
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [(dict(k=0), r"top k must be in \[1, 3\]"), (dict(k=4), "top k"), (dict(k=1, confidence=1.0), r"in \(0, 1\)")],
-)
-def test_bad_race_settings_are_refused(settings, message):
-    with pytest.raises(ValueError, match=message):
-        race_heads(table_trials(torch.zeros(3, 4)), HUNT.guidance, **settings)
 
 
 # --- power

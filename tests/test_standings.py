@@ -10,7 +10,8 @@ from physnb.metrics.physics_iq import metric_physics_iq
 from physnb.plots import plot_correlations, plot_ladder, plot_sensitivity
 from physnb.standings import aligned_scores, bench_metrics, judges, plain_physics_iq, rank_judges, set_judges
 
-HUNTING = ("position_error", "velocity_error", "tracking_error", "physics_iq_verified", "reward")
+HUNTING = ("position_error/restored", "velocity_error/restored", "tracking_error/restored")
+REPORTING = ("position_error", "velocity_error", "tracking_error", "physics_iq_verified")
 
 
 def worlds(scenario: str, clips: int) -> Clip:
@@ -33,9 +34,14 @@ def test_every_judge_climbs(standings):
 
 def test_what_the_notebook_hunts_by_holds_its_ladder(standings):
     assert {name: standings[name].usable for name in HUNTING} == dict.fromkeys(HUNTING, "hunting")
-    assert standings["answers"].verdict["holds"]
-    for name in ("position_error", "velocity_error", "tracking_error", "physics_iq_verified"):
+    assert standings["answers"].verdict["holds"] and standings["reward"].verdict["holds"]
+    for name in (*HUNTING, *REPORTING):
         assert standings[name].sensitivity.smallest == 0.5
+
+
+def test_what_rewards_contrast_only_reports(standings):
+    for name in (*REPORTING, "answers"):
+        assert standings[name].usable == "reporting" and "faded" in standings[name].to_row()["why"], name
 
 
 def test_presence_and_size_alone_are_refused(standings):
@@ -63,7 +69,7 @@ def test_aligned_scores_are_all_lower_for_the_better_clip():
     found = judges(true, second_take(true, 1))
     noise = make_rung("noise", true, second=true, frames_given=3)
     copy, broken = aligned_scores(found, true), aligned_scores(found, noise)
-    for name in HUNTING:
+    for name in (*HUNTING, *REPORTING, "reward"):
         assert (copy[name] < broken[name]).all(), name
 
 
@@ -78,7 +84,7 @@ def test_plain_physics_iq_agrees_with_the_metric():
 def test_bench_has_rates_above_zero():
     result = bench_metrics(clips=6, rounds=1)
     rates = {name: rate["median"] for name, rate in result["clips_per_second"].items()}
-    assert rates.keys() >= {*HUNTING, "answers", "physics_iq", "physics_iq_plain"}
+    assert rates.keys() >= {*HUNTING, *REPORTING, "answers", "reward", "physics_iq", "physics_iq_plain"}
     assert min(rates.values()) > 0 and result["ratio"]["median"] > 0
     with pytest.raises(ValueError, match="divisible by 3"):
         bench_metrics(clips=8)

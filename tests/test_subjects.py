@@ -14,7 +14,7 @@ from physnb.families import heads_of
 from physnb.guide import guide
 from physnb.objectives import OBJECTIVES, Objective, clip_judge
 from physnb.pretrained import generate_clips, load_pipeline
-from physnb.search import rank_heads
+from physnb.ranking import rank_heads
 from physnb.store import TrialStore
 from physnb.subjects import ModelSubject, PipelineSubject, simulated_subject
 from physnb.tiny_pipelines import PIPELINES, tiny_pipeline

@@ -26,6 +26,7 @@ from physnb.statistics import Estimate, bootstrap_mean
 MODES = ("clean", "compat")
 PRESENT_AREA = 0.25  # a disc with less than this share of its true area counts as missing
 TRACKING_CAP = 5.0  # world units: an absent disc counts as this far off in tracking_error, and no disc as further
+RESTORE = 6.0  # of the metrics called /restored: a disc at a sixth of its shade still counts as there
 MIN_FIT_FRAMES = 3  # frames that a fitted velocity needs
 BUCKETS = ("id", "r", "v", "rv")  # Clip.buckets of the worlds
 

@@ -9,7 +9,7 @@ import ipywidgets
 
 from physnb.config import HeadSet
 from physnb.plots import figure_png, plot_head_map
-from physnb.search import Guide, effects_so_far
+from physnb.ranking import Guide, effects_so_far
 from physnb.trials import Trials
 
 

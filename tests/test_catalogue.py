@@ -114,10 +114,10 @@ def test_videos_give_as_many_clips_of_a_file_as_asked_for(videos):
         ("phyworld", "unknown source 'phyworld'"),
         ("phyworld:nowhere.hdf5", "nowhere.hdf5 does not exist"),
         ("videos:nowhere", "video folder nowhere does not exist"),
-        ("videos:{videos}?fps=3", r"has an option 'fps'; there is clips_per_video"),
+        ("videos:{videos}?fps=3", "must end in its folder or in .clips_per_video= and a whole number"),
         ("videos:{videos}?clips_per_video=0", "clips_per_video must be at least 1, got 0"),
-        ("videos:{videos}?clips_per_video=many", "clips_per_video"),
-        ("videos:{videos}?clips_per_video=", "clips_per_video"),
+        ("videos:{videos}?clips_per_video=many", "and a whole number"),
+        ("videos:{videos}?clips_per_video=", "and a whole number"),
         ("phyworld:{videos}", "does not exist"),
     ],
 )

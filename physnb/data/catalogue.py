@@ -48,8 +48,11 @@ def open_source(
 
         folder, _, option = where.partition("?")
         option, _, number = option.partition("=")
-        many = {} if not option else {option: int(number) if number.isdigit() else 0}
-        require(set(many) <= {"clips_per_video"}, f"source {name!r} has an option {option!r}; there is clips_per_video")
+        require(
+            not option or (option == "clips_per_video" and number.isdigit()),
+            f"source {name!r} must end in its folder or in ?clips_per_video= and a whole number",
+        )
+        many = {option: int(number)} if option else {}
         source = VideoSource(folder, **shape, **drawn, **many, cache=cache)
         source.prepare()
         return source

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,9 @@ def encode_mp4(frames: UInt8[np.ndarray, "time height width 3"], codec: str = CO
     return buffer.getvalue()
 
 
-def decode_mp4(data: bytes, frames: int, total: int) -> UInt8[np.ndarray, "time height width 3"]:
+def decode_mp4(data: bytes, frames: int, total: int) -> Iterator[UInt8[np.ndarray, "height width 3"]]:
     """The first `frames` frames of an MP4 that should have `total`; raises ValueError for a damaged or another one."""
-    found, reformatter = [], VideoReformatter()  # one of them for all frames is five times as fast
+    found, reformatter = 0, VideoReformatter()  # one of them for all frames is five times as fast
     try:
         with av.open(io.BytesIO(data), format="mp4") as container:
             require(len(container.streams.video) == 1, "there is not exactly one video in it")
@@ -64,14 +65,14 @@ def decode_mp4(data: bytes, frames: int, total: int) -> UInt8[np.ndarray, "time 
             stream.thread_count = 1
             stream.codec_context.options = {"err_detect": "explode"}  # or damaged parts are painted over
             for frame in container.decode(stream):
-                require(not frame.is_corrupt, f"frame {len(found)} is corrupt")
-                found.append(reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray())
-                if len(found) == frames:
+                require(not frame.is_corrupt, f"frame {found} is corrupt")
+                yield reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+                found += 1
+                if found == frames:
                     break
     except av.error.FFmpegError as error:
         raise ValueError(str(error)) from None
-    require(len(found) == frames, f"it ends after {len(found)} frames, {frames} are asked for")
-    return np.stack(found)
+    require(found == frames, f"it ends after {found} frames, {frames} are asked for")
 
 
 def resize_weights(source: int, size: int) -> Float[np.ndarray, "size source"]:
@@ -82,12 +83,25 @@ def resize_weights(source: int, size: int) -> Float[np.ndarray, "size source"]:
     return (overlap / overlap.sum(1, keepdims=True)).astype(np.float32)
 
 
-def resize(frames: UInt8[np.ndarray, "time side side 3"], size: int) -> UInt8[np.ndarray, "time size size 3"]:
-    """Area averages of published pictures in which pixel i is at (i + 1/2) / size."""
-    weights, side = resize_weights(frames.shape[1], size), frames.shape[1]
-    rows = weights @ frames.astype(np.float32).reshape(len(frames), side, side * 3)
-    planes = rows.reshape(len(frames), size, side, 3).swapaxes(2, 3).reshape(-1, side)
-    return np.rint((planes @ weights.T).reshape(len(frames), size, 3, size).swapaxes(2, 3)).astype(np.uint8)
+@lru_cache(maxsize=8)
+def resize_bands(source: int, size: int) -> tuple[tuple[slice, slice, Float[np.ndarray, "rows covered"]], ...]:
+    """`resize_weights` in bands of 8 rows without the zeros beside them: rows, the published ones that they cover."""
+    weights, bands = resize_weights(source, size), []
+    for first in range(0, size, 8):
+        covered = weights[first : first + 8].any(0).nonzero()[0]
+        rows, columns = slice(first, min(size, first + 8)), slice(int(covered[0]), int(covered[-1]) + 1)
+        bands.append((rows, columns, np.ascontiguousarray(weights[rows, columns])))
+    return tuple(bands)
+
+
+def resize(frame: UInt8[np.ndarray, "side side 3"], size: int) -> UInt8[np.ndarray, "size size 3"]:
+    """Area averages of a published picture, in which pixel i is at (i + 1/2) / size."""
+    side = len(frame)
+    bands, pixels = resize_bands(side, size), frame.reshape(side, side * 3).astype(np.float32)
+    rows = np.concatenate([weights @ pixels[covered] for _, covered, weights in bands])
+    planes = np.ascontiguousarray(rows.reshape(size, side, 3).swapaxes(1, 2)).reshape(size * 3, side)
+    small = np.concatenate([planes[:, covered] @ weights.T for _, covered, weights in bands], axis=1)
+    return np.rint(small.reshape(size, 3, size).swapaxes(1, 2)).astype(np.uint8)
 
 
 class PhyworldSource:
@@ -115,6 +129,7 @@ class PhyworldSource:
         self.name = f"phyworld {self.path.stem}"
         self._file: h5py.File | None = None
         self._process = -1
+        self._datasets: dict[str, tuple[h5py.Dataset, ...]] = {}  # of chunks; to look one up takes as long as a read
         lengths = self._chunk_lengths()
         self._chunks = list(lengths)
         self._starts = np.cumsum([0, *lengths.values()])
@@ -126,14 +141,14 @@ class PhyworldSource:
 
     def __getstate__(self) -> dict[str, Any]:
         """What a worker process gets: all but the open file."""
-        return self.__dict__ | {"_file": None, "_process": -1}
+        return self.__dict__ | {"_file": None, "_process": -1, "_datasets": {}}
 
     def _opened(self) -> h5py.File:
         """The file, opened in this process: an open HDF5 file does not survive a fork."""
         if self._process != os.getpid():
             require(self.path.is_file(), f"{self.path} does not exist")
             try:
-                self._file, self._process = h5py.File(self.path, "r"), os.getpid()
+                self._file, self._process, self._datasets = h5py.File(self.path, "r"), os.getpid(), {}
             except OSError as error:
                 raise ValueError(f"{self.path} is truncated or not an HDF5 file ({error}); fetch it again") from None
         return self._file
@@ -195,7 +210,9 @@ class PhyworldSource:
         chunk, index, where = self._where(number)
         file = self._opened()
         try:
-            video, positions, init = (file[group][chunk][index] for group in GROUPS)
+            if chunk not in self._datasets:
+                self._datasets[chunk] = tuple(file[group][chunk] for group in GROUPS)
+            video, positions, init = (dataset[index] for dataset in self._datasets[chunk])
         except (OSError, RuntimeError) as error:
             raise ValueError(f"{where}: cannot be read ({error}); fetch the file again") from None
         require(
@@ -242,16 +259,18 @@ class PhyworldSource:
 
     def _decode(self, video: bytes, frames: int, where: str) -> UInt8[np.ndarray, "time size size 3"]:
         """The first frames of a clip that should have `frames`, at this source's size."""
+        small = np.empty((self.frames, self.size, self.size, 3), np.uint8)
         try:
-            found = decode_mp4(video, self.frames, frames)
+            for time, frame in enumerate(decode_mp4(video, self.frames, frames)):
+                height, width = frame.shape[:2]
+                if height != width or height < self.size:
+                    break
+                small[time] = frame if height == self.size else resize(frame, self.size)
+            else:
+                return small
         except ValueError as error:
             raise ValueError(f"{where}: the video is damaged ({error}); leave the clip out") from None
-        height, width = found.shape[1:3]
-        require(
-            height == width and height >= self.size,
-            f"{where}: frames of {width} x {height} pixels do not shrink to squares of {self.size}",
-        )
-        return found if height == self.size else resize(found, self.size)
+        raise ValueError(f"{where}: frames of {width} x {height} pixels do not shrink to squares of {self.size}")
 
 
 def _one_disc(

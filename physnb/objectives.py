@@ -28,7 +28,7 @@ from physnb.metrics import Scores, metric_trajectory
 from physnb.metrics.colour import oversaturation
 from physnb.metrics.physics_iq import measure_takes
 from physnb.metrics.preference import UNTRAINED, RewardModel, metric_reward
-from physnb.metrics.question_making import metric_answers
+from physnb.metrics.question_making import metric_answers, questions_by_clip
 from physnb.metrics.scores import scores
 from physnb.metrics.trajectory import RESTORE
 from physnb.model import VideoDiT
@@ -144,7 +144,12 @@ def prepare_physics_iq(cases: Clip | None, frames_given: int, seed: int) -> Clip
 
 def prepare_answers(cases: Clip | None, frames_given: int, seed: int) -> ClipScorer:
     cases = simulated("made questions", cases)
-    return lambda generated, rows: metric_answers(generated, cases[list(rows)], seed=seed)
+    asked = questions_by_clip(cases, seed=seed)
+
+    def score(generated: Clip, rows: Sequence[int]) -> dict[str, Scores]:
+        return metric_answers(generated, cases[list(rows)], asked=[asked[row] for row in rows])
+
+    return score
 
 
 def prepare_reward(cases: Clip | None, frames_given: int, seed: int, *, model: RewardModel = UNTRAINED) -> ClipScorer:

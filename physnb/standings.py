@@ -37,7 +37,7 @@ from physnb.metrics.physics_iq import (
     metric_physics_iq,
 )
 from physnb.metrics.preference import UNTRAINED, RewardModel, metric_reward
-from physnb.metrics.question_making import metric_answers
+from physnb.metrics.question_making import metric_answers, questions_by_clip
 from physnb.metrics.trajectory import RESTORE
 
 Judge = Callable[[Clip], Scores | SetScore]
@@ -78,7 +78,8 @@ def judges(
     found: dict[str, Judge] = {name: partial(trajectory, name) for name in names}
     found |= {f"{name}/restored": partial(trajectory, name, restore=RESTORE) for name in RESTORED}
     found |= {name: partial(physics_iq, official) for name, official in PHYSICS_IQ.items()}
-    found["answers"] = lambda made: metric_answers(made, true, seed=seed)["answer_agreement"]
+    asked = questions_by_clip(true, seed=seed)
+    found["answers"] = lambda made: metric_answers(made, true, asked=asked)["answer_agreement"]
     found["reward"] = lambda made: metric_reward(made, reward)
     return found
 

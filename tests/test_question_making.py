@@ -17,6 +17,7 @@ from physnb.metrics.question_making import (
     make_questions,
     metric_answers,
     motions_of,
+    questions_by_clip,
 )
 from physnb.metrics.questions import CHANCE, LETTERS, Reply, read_options, score_answers
 
@@ -284,6 +285,16 @@ def test_a_generated_clip_answers_by_what_it_shows():
 def test_clips_that_do_not_belong_together_are_refused(clips, generated, true, message):
     with pytest.raises(ValueError, match=message):
         metric_answers(generated(clips), true(clips))
+
+
+def test_questions_made_before_give_the_same_scores(clips):
+    generated, asked = unseen(clips[[1, 0, *range(2, len(clips))]]), questions_by_clip(clips, seed=3)
+    generated = replace(generated, indices=clips.indices, scenarios=clips.scenarios)
+    fresh, again = metric_answers(generated, clips, seed=3), metric_answers(generated, clips, asked=asked)
+    for name, value in fresh.items():
+        assert torch.equal(value.values.nan_to_num(-1), again[name].values.nan_to_num(-1)), name
+    few = metric_answers(generated[[2, 0]], clips[[2, 0]], asked=[asked[2], asked[0]])["answer_agreement"].values
+    assert torch.equal(few.nan_to_num(-1), fresh["answer_agreement"].values[[2, 0]].nan_to_num(-1))
 
 
 def test_bad_input_is_named(clips):

@@ -9,7 +9,7 @@ and pictures are ours: call results "PhysBench-style", not PhysBench.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -361,7 +361,21 @@ def _nearest_picture(question: ClipQuestion, motion: Motion) -> str:
     return LETTERS[int(distance.argmin())]
 
 
-def metric_answers(generated: Clip, true: Clip, *, kinds: tuple[str, ...] = KINDS, seed: int = 0) -> dict[str, Scores]:
+def questions_by_clip(
+    true: Clip, kinds: tuple[str, ...] = KINDS, seed: int = 0
+) -> tuple[tuple[ClipQuestion, ...], ...]:
+    """The questions about each clip, for `metric_answers` to ask again and again; see `make_questions`."""
+    return tuple(make_questions(true[row : row + 1], kinds, seed).questions for row in range(len(true)))
+
+
+def metric_answers(
+    generated: Clip,
+    true: Clip,
+    *,
+    kinds: tuple[str, ...] = KINDS,
+    seed: int = 0,
+    asked: Sequence[Sequence[ClipQuestion]] | None = None,
+) -> dict[str, Scores]:
     """Scores of each clip by name, from questions made of the true clip and answered by the generated one.
 
     answer_agreement (share, higher is better): of the clip's questions, those to which the generated clip has the true
@@ -369,6 +383,7 @@ def metric_answers(generated: Clip, true: Clip, *, kinds: tuple[str, ...] = KIND
     generated clip cannot answer, say because the disc is gone, counts as wrong.
     unanswered_rate (share, lower is better): of the clip's questions, those of that sort.
     NaN, with the reason, where no question can be made of the true clip.
+    asked: the questions about each true clip, where they are known; made here otherwise.
     Raises ValueError for clips that do not match or lack a true state, an unknown kind, and fewer than 4 frames.
     Leaves out everything about a disc but its centre and size, and whatever the margins of the questions exclude. A
     question can be easy for the wrong reason (in uniform motion every red disc goes right): read the kinds beside a
@@ -383,9 +398,8 @@ def metric_answers(generated: Clip, true: Clip, *, kinds: tuple[str, ...] = KIND
     )
     right = torch.full((len(true), len(kinds)), torch.nan)
     unanswered = right.clone()
-    for row in range(len(true)):
-        questions = make_questions(true[row : row + 1], kinds, seed).questions
-        (motion,) = _found_motions(generated.frames[row : row + 1])
+    asked = questions_by_clip(true, kinds, seed) if asked is None else asked
+    for row, (questions, motion) in enumerate(zip(asked, _found_motions(generated.frames), strict=True)):
         for question in questions:
             letter, _ = _answer(question, motion)
             right[row, kinds.index(question.kind)] = float(letter == question.answer)

@@ -108,7 +108,11 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("train", command_train, "train a VideoDiT")
     sub.add_argument("--preset", choices=PRESETS, default="quick")
     sub.add_argument("--out", required=True, help="run folder; the model appears in its folder `model`")
-    sub.add_argument("--start", metavar="DIR", help="model folder whose weights training begins with")
+    sub.add_argument(
+        "--start",
+        metavar="DIR",
+        help="model folder whose weights training begins with; it may be coarser, shallower, or know fewer words",
+    )
     sub.add_argument("--resume", action="store_true", help="go on with the run in --out")
     for name, kind in (("--steps", count), ("--batch", count), ("--seed", natural), ("--learning-rate", float)):
         sub.add_argument(name, type=kind, help="instead of the preset's")

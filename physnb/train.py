@@ -22,10 +22,11 @@ from physnb.ahead import run_ahead
 from physnb.captioning import Captioner, Captions
 from physnb.checkpoint import fingerprint
 from physnb.codec import LatentCache, latent_examples
-from physnb.config import ModelConfig, TextConfig, TrainConfig, from_json, require, to_json
+from physnb.config import TextConfig, TrainConfig, from_json, require, to_json
 from physnb.data import Mixture, normal_noise, uniform_draws
 from physnb.data.catalogue import open_source, words_of_sources
 from physnb.flow import add_noise, shift_levels, velocity_loss
+from physnb.grow import finer_by, grow, shape_config
 from physnb.memory import keep_freed_memory
 from physnb.model import VideoDiT
 from physnb.optimizer import Muon
@@ -153,7 +154,7 @@ class TrainState:
         given = dict(vocabulary=vocabulary, noise_shift=config.noise_shift, text=text)
         self.model = VideoDiT(**asdict(config.model), **given, **latents)
         if start is not None:
-            self.model.load_state_dict(start.state_dict())
+            grow(start, self.model)
         self.average = self.copy_weights()
         layers = [part for block in self.model.blocks for part in (block.attn, block.mlp)]
         matrices = [p for layer in layers for p in layer.parameters() if p.ndim == 2]
@@ -263,14 +264,15 @@ def train(
 ) -> VideoDiT:
     """The trained model, with averaged weights; `folder` keeps state, log and, at the end, the model.
 
-    start: the model whose weights training begins with, where the config names one by its fingerprint.
+    start: the model whose weights training begins with, where the config names one by its fingerprint; the one to
+    train may be finer, deeper and know more words (`physnb.grow`).
     resume continues a stopped run to the same weights, bit for bit on a CPU. on_sample(model, step, folder) is called
     every `sample_every` steps and its numbers are logged. stop_after ends this call early, as an interruption would.
     workers: processes of each training process that make batches ahead; the weights do not depend on them.
     Launched by `torchrun` or `accelerate launch`, the processes share each batch; with physnb/launch/sharded.yaml
     they also share weights, average and moments. Both ran on CPU processes; on several GPUs it was not run.
-    Raises ValueError for a used folder, a foreign state, another start than the config names or one of another shape,
-    a batch that the processes cannot share evenly, or another sharding than FSDP2, and
+    Raises ValueError for a used folder, a foreign state, another start than the config names or one that does not grow
+    to it, a batch that the processes cannot share evenly, or another sharding than FSDP2, and
     FloatingPointError when the loss is not finite or explodes; the last saved state is then kept.
     """
     keep_freed_memory()
@@ -329,15 +331,11 @@ def train(
 
 
 def check_start(config: TrainConfig, start: VideoDiT | None) -> None:
-    """Raise ValueError unless `start` is the model that the config names and has the shape of the one to train."""
+    """Raise ValueError unless `start` is the model that the config names and can be grown to the one to train."""
     found = "" if start is None else fingerprint(start)
     require(found == config.start, f"training starts from model {found or 'none'}, the config says {config.start!r}")
     if start is not None:
-        shape = {name: getattr(start.config, name) for name in asdict(config.model)}
-        require(
-            ModelConfig(**shape) == config.model,
-            f"the model to start from has another shape than the one to train: {shape}; choose another preset",
-        )
+        finer_by(shape_config(start), config.model)
 
 
 def batch_loss(model: torch.nn.Module, batch: TrainBatch, config: TrainConfig) -> Float[Tensor, ""]:

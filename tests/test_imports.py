@@ -48,7 +48,8 @@ ALLOWED = {  # data and metrics are one module each; `__init__` is what `import 
     "sharding": "",
     "ahead": "",
     "optimizer": "sharding",
-    "train": "ahead captioning checkpoint codec config data flow memory model optimizer sharding space store",
+    "grow": "config model",
+    "train": "ahead captioning checkpoint codec config data flow grow memory model optimizer sharding space store",
     "objectives": "config data likelihood metrics model",
     "subjects": "checkpoint config data families generate guidance guide memory metrics model objectives pretrained "
     "space",

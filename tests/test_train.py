@@ -150,8 +150,8 @@ def test_training_goes_on_from_the_weights_of_another_model(tmp_path):
     assert_same_weights(weights(resumed), weights(whole))
     with pytest.raises(ValueError, match="starts from model none, the config says"):
         train(config, tmp_path / "d", progress=False)
-    with pytest.raises(ValueError, match="another shape than the one to train"):
-        wide = dataclasses.replace(config, model=dataclasses.replace(config.model, depth=3))
+    with pytest.raises(ValueError, match="alone, not in width"):
+        wide = dataclasses.replace(config, model=dataclasses.replace(config.model, width=48))
         train(wide, tmp_path / "d", start=first, progress=False)
     assert not (tmp_path / "d").exists()
 

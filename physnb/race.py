@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from physnb.config import PROMISES, Guidance, HeadId, HeadSet, choose, head_set, require
@@ -102,10 +102,10 @@ def race_heads(
     require(0 < confidence < 1, f"confidence must be in (0, 1), got {confidence}")
     choose("promise", promise, PROMISES)
     count = len(trials.cases)
-    least = count + len(pool) * min(FIRST_CASES, count)
+    first = count + len(pool) * min(FIRST_CASES, count)
     require(
-        budget == 0 or budget >= least,
-        f"a budget of {budget} rows is too small for a race of {len(pool)} heads, which begins with {least}; give "
+        budget == 0 or budget >= first,
+        f"a budget of {budget} rows is too small for a race of {len(pool)} heads, which begins with {first}; give "
         "more, or fewer heads",
     )
     baseline = trials.scores([Guidance()], label="race", required=False)[0]
@@ -132,13 +132,9 @@ def race_heads(
         best = np.argsort(means, kind="stable")[:wanted]
         misses = spent + float((1 - chances[best]).sum())
         if misses > allowed and size < strata.count:
-            doubt = np.where(np.isin(np.arange(len(running)), best), 1 - chances, chances)
-            limit, stopped = STOPPING_SHARE * allowed * (number + 1) / len(sizes), set()
-            for i in np.argsort(doubt, kind="stable"):
-                if spent + doubt[i] > limit:
-                    break
-                spent += float(doubt[i])
-                stopped.add(int(i))
+            wrong = np.where(np.isin(np.arange(len(running)), best), 1 - chances, chances)
+            stopped = surest(wrong, STOPPING_SHARE * allowed * (number + 1) / len(sizes) - spent)
+            spent += float(wrong[stopped].sum())
             settled += [running[i] for i in best if i in stopped]
             running = [head for i, head in enumerate(running) if i not in stopped]
         stages.append(RaceStage(size, len(settled), len(pool) - len(settled) - len(running), len(running), misses))
@@ -157,6 +153,12 @@ def stage_sizes(count: int) -> list[int]:
     while sizes[-1] < count:
         sizes.append(min(count, math.ceil(sizes[-1] * GROWTH)))
     return sizes
+
+
+def surest(wrong: Float[np.ndarray, " running"], allowance: float) -> Int[np.ndarray, " stopped"]:
+    """Heads whose place is the surest, as many as are wrong with chances that add up to `allowance` at most."""
+    order = np.argsort(wrong, kind="stable")
+    return order[np.cumsum(wrong[order]) <= allowance]
 
 
 def seldom_judged(

@@ -15,6 +15,7 @@ from physnb.race import (
     race_heads,
     seldom_judged,
     stage_sizes,
+    surest,
     variances_within,
 )
 from physnb.ranking import rank_heads
@@ -218,6 +219,11 @@ def test_heads_that_nobody_could_judge_have_no_chance():
     unknown, errors = np.full(3, np.inf), np.zeros(3)
     assert pull_together(unknown, errors, unknown, 1.0)[0].tolist() == unknown.tolist()
     assert chances_of_top(unknown, errors, 1, np.random.default_rng(0)).sum() == 0
+
+
+def test_the_surest_heads_stop_first():
+    assert surest(np.array([0.3, 0.0, 0.05, 0.02]), 0.08).tolist() == [1, 3, 2]
+    assert surest(np.array([0.3, 0.2]), 0.1).tolist() == []
 
 
 def test_heads_judged_on_few_of_their_cases_are_unknown():

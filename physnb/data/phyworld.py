@@ -97,8 +97,8 @@ def resize_bands(source: int, size: int) -> tuple[tuple[slice, slice, Float[np.n
 def resize(frame: UInt8[np.ndarray, "side side 3"], size: int) -> UInt8[np.ndarray, "size size 3"]:
     """Area averages of a published picture, in which pixel i is at (i + 1/2) / size."""
     side = len(frame)
-    bands, pixels = resize_bands(side, size), frame.reshape(side, side * 3).astype(np.float32)
-    rows = np.concatenate([weights @ pixels[covered] for _, covered, weights in bands])
+    bands, pixels = resize_bands(side, size), frame.reshape(side, side * 3)
+    rows = np.concatenate([weights @ pixels[covered].astype(np.float32) for _, covered, weights in bands])
     planes = np.ascontiguousarray(rows.reshape(size, side, 3).swapaxes(1, 2)).reshape(size * 3, side)
     small = np.concatenate([planes[:, covered] @ weights.T for _, covered, weights in bands], axis=1)
     return np.rint(small.reshape(size, 3, size).swapaxes(1, 2)).astype(np.uint8)

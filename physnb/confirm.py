@@ -210,8 +210,8 @@ def confirm_heads(
     alone, _ = sign_flips(effects)
     verdicts = []
     for head, fresh, p, q in zip(heads, effects, alone, benjamini_hochberg(alone), strict=True):
-        row = ranking.heads.index(head)
-        gap = mean_gap(ranking.effects[row], fresh, None if ranking.weights is None else ranking.weights[row])
+        chosen, weights = ranking.of(head)
+        gap = mean_gap(chosen, fresh, weights)
         verdicts.append(HeadVerdict(head, ranking.estimate(head), bootstrap_mean(fresh), gap, float(p), float(q)))
     return verdicts
 

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from physnb.config import PROMISES, Guidance, HeadId, HeadSet, choose, head_set, require
-from physnb.ranking import Guide, HeadRanking, check_subject_heads, require_judged
+from physnb.ranking import Guide, HeadRanking, check_subject_heads, often_judged, require_judged
 from physnb.trials import Trials
 
 FIRST_CASES = 12  # of a race: fewer give no usable spread
@@ -44,15 +44,16 @@ class RaceStage:
 
 @dataclass(frozen=True)
 class Race:
-    """The winners of a race, its ranking with NaN where it saved a row, and how it went.
-
-    rows: rows of heads and cases that were needed, without the unguided ones.
-    """
+    """The winners of a race, its ranking with NaN where it saved a row, and how it went."""
 
     winners: HeadSet
     ranking: HeadRanking
     stages: tuple[RaceStage, ...]
-    rows: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of heads and cases that were needed, without the unguided ones."""
+        return int((self.ranking.weights > 0).sum())
 
 
 def race_heads(
@@ -113,20 +114,20 @@ def race_heads(
     strata = Strata(baseline, seed)
     effects, weights = (torch.full((len(pool), count), value) for value in (torch.nan, 0.0))
     allowed = (1 - confidence) * (k if promise == "head" else 1)
-    running, settled, stages, rows, spent = list(range(len(pool))), [], [], 0, 0.0
+    running, settled, stages, spent = list(range(len(pool))), [], [], 0.0
     sizes = stage_sizes(strata.count)
     for number, size in enumerate(sizes):
         new = strata.grow(size)
-        if 0 < budget < count + rows + len(running) * len(new):
+        if 0 < budget < count + int((weights > 0).sum()) + len(running) * len(new):
             break
-        rows += len(running) * len(new)
         guidances = [guide(head_set((*kept, pool[i]))) for i in running]
         found = trials.scores(guidances, new, label="race", required=False)
         effects[np.ix_(running, new)] = trials.subject.objective.sign * (found - baseline[new])
         weights[running] = strata.weights(count)
         means, errors, least = strata.estimates(effects[running], weights[running])
-        everyone = HeadRanking(pool, seldom_judged(effects, weights), trials.subject.objective, kept, weights).means
-        middle, doubts = pull_together(means, errors, everyone.numpy(), least)
+        known = often_judged(effects, (weights > 0).sum(1, keepdim=True))
+        ranking = HeadRanking(pool, known, trials.subject.objective, kept, weights)
+        middle, doubts = pull_together(means, errors, ranking.means.numpy(), least)
         wanted = k - len(settled)
         chances = chances_of_top(middle, doubts, wanted, np.random.default_rng((seed, number)))
         best = np.argsort(means, kind="stable")[:wanted]
@@ -141,10 +142,9 @@ def race_heads(
         if misses <= allowed or len(settled) == k or len(settled) + len(running) == k:
             break
     require_judged(trials, not bool(effects.isnan().all()))
-    ranking = HeadRanking(pool, seldom_judged(effects, weights), trials.subject.objective, kept, weights)
     order = ranking.means.nan_to_num(nan=math.inf)
     winners = [*settled, *sorted(running, key=lambda i: float(order[i]))[: k - len(settled)]]
-    return Race(head_set([pool[i] for i in winners]), ranking, tuple(stages), rows)
+    return Race(head_set([pool[i] for i in winners]), ranking, tuple(stages))
 
 
 def stage_sizes(count: int) -> list[int]:
@@ -159,14 +159,6 @@ def surest(wrong: Float[np.ndarray, " running"], allowance: float) -> Int[np.nda
     """Heads whose place is the surest, as many as are wrong with chances that add up to `allowance` at most."""
     order = np.argsort(wrong, kind="stable")
     return order[np.cumsum(wrong[order]) <= allowance]
-
-
-def seldom_judged(
-    effects: Float[Tensor, "head case"], weights: Float[Tensor, "head case"]
-) -> Float[Tensor, "head case"]:
-    """The effects, NaN throughout for heads that could be judged on fewer than half of the cases that they ran on."""
-    judged, ran = (~effects.isnan()).sum(1, keepdim=True), (weights > 0).sum(1, keepdim=True)
-    return torch.where(2 * judged >= ran, effects, torch.nan)
 
 
 def pull_together(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from physnb.config import Guidance, HeadId, HeadSet, head_set, require
@@ -49,8 +49,13 @@ class HeadRanking:
 
     def estimate(self, head: HeadId) -> Estimate:
         """Mean effect of one head with its interval over cases."""
+        effects, weights = self.of(head)
+        return bootstrap_mean(effects, weights=weights)
+
+    def of(self, head: HeadId) -> tuple[Float[Tensor, " case"], Float[Tensor, " case"] | None]:
+        """Effects of one head, and what each counts for."""
         row = self.heads.index(head)
-        return bootstrap_mean(self.effects[row], weights=None if self.weights is None else self.weights[row])
+        return self.effects[row], None if self.weights is None else self.weights[row]
 
     def order(self) -> HeadSet:
         """All heads, most helpful first; those that no case could judge come last."""
@@ -125,8 +130,13 @@ def measure_effects(
     baseline, *values = trials.scores([Guidance(), *guidances], cases, label=label)
     effects = trials.subject.objective.sign * (torch.stack(values) - baseline)
     require_judged(trials, len(guidances) == 0 or not bool(effects.isnan().all()))
+    return often_judged(effects, (~baseline.isnan()).sum())
+
+
+def often_judged(effects: Float[Tensor, "trial case"], cases: Int[Tensor, "*trial"]) -> Float[Tensor, "trial case"]:
+    """The effects, NaN throughout for trials that could be judged on fewer than half of their `cases`."""
     judged = (~effects.isnan()).sum(1, keepdim=True)
-    return torch.where(2 * judged >= (~baseline.isnan()).sum(), effects, torch.nan)
+    return torch.where(2 * judged >= cases, effects, torch.nan)
 
 
 def require_judged(trials: Trials, judged: bool) -> None:

@@ -13,12 +13,11 @@ from physnb.race import (
     chances_of_top,
     pull_together,
     race_heads,
-    seldom_judged,
     stage_sizes,
     surest,
     variances_within,
 )
-from physnb.ranking import rank_heads
+from physnb.ranking import often_judged, rank_heads
 
 GUIDE = HuntConfig().guidance
 
@@ -227,5 +226,5 @@ def test_the_surest_heads_stop_first():
 
 
 def test_heads_judged_on_few_of_their_cases_are_unknown():
-    effects, weights = torch.tensor([[1.0, math.nan, math.nan], [1.0, 2.0, math.nan]]), torch.ones(2, 3)
-    assert seldom_judged(effects, weights)[0].isnan().all() and seldom_judged(effects, weights)[1, 1] == 2
+    effects, ran = torch.tensor([[1.0, math.nan, math.nan], [1.0, 2.0, math.nan]]), torch.full((2, 1), 3)
+    assert often_judged(effects, ran)[0].isnan().all() and often_judged(effects, ran)[1, 1] == 2

@@ -84,13 +84,14 @@ def resize_weights(source: int, size: int) -> Float[np.ndarray, "size source"]:
 
 
 @lru_cache(maxsize=8)
-def resize_bands(source: int, size: int) -> tuple[tuple[slice, slice, Float[np.ndarray, "rows covered"]], ...]:
-    """`resize_weights` in bands of 8 rows without the zeros beside them: rows, the published ones that they cover."""
+def resize_bands(source: int, size: int) -> tuple[tuple[slice, Float[np.ndarray, "rows covered"]], ...]:
+    """`resize_weights` in bands of 8 rows: the published pixels that each covers, and the weights without the zeros."""
     weights, bands = resize_weights(source, size), []
     for first in range(0, size, 8):
-        covered = weights[first : first + 8].any(0).nonzero()[0]
-        rows, columns = slice(first, min(size, first + 8)), slice(int(covered[0]), int(covered[-1]) + 1)
-        bands.append((rows, columns, np.ascontiguousarray(weights[rows, columns])))
+        band = weights[first : first + 8]
+        places = band.any(0).nonzero()[0]
+        covered = slice(int(places[0]), int(places[-1]) + 1)
+        bands.append((covered, np.ascontiguousarray(band[:, covered])))
     return tuple(bands)
 
 
@@ -98,9 +99,9 @@ def resize(frame: UInt8[np.ndarray, "side side 3"], size: int) -> UInt8[np.ndarr
     """Area averages of a published picture, in which pixel i is at (i + 1/2) / size."""
     side = len(frame)
     bands, pixels = resize_bands(side, size), frame.reshape(side, side * 3)
-    rows = np.concatenate([weights @ pixels[covered].astype(np.float32) for _, covered, weights in bands])
+    rows = np.concatenate([weights @ pixels[covered].astype(np.float32) for covered, weights in bands])
     planes = np.ascontiguousarray(rows.reshape(size, side, 3).swapaxes(1, 2)).reshape(size * 3, side)
-    small = np.concatenate([planes[:, covered] @ weights.T for _, covered, weights in bands], axis=1)
+    small = np.concatenate([planes[:, covered] @ weights.T for covered, weights in bands], axis=1)
     return np.rint(small.reshape(size, 3, size).swapaxes(1, 2)).astype(np.uint8)
 
 

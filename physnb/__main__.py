@@ -25,6 +25,7 @@ from physnb.commands import (
     command_report,
     command_run,
     command_scaling,
+    command_study,
     command_train,
 )
 from physnb.config import (
@@ -87,6 +88,13 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--solver", choices=SOLVERS, default="euler")
 
 
+def add_executor(sub: argparse.ArgumentParser) -> None:
+    """Where the trials of a hunt or a study run."""
+    sub.add_argument("--executor", choices=EXECUTORS, default="local", help="where trials run")
+    sub.add_argument("--address", help="of a running Ray cluster; without it one is started here")
+    sub.add_argument("--workers", type=count, help="Ray workers (default: one a GPU, or one a processor core)")
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="python -m physnb", description="Which attention heads of a video model carry physics?")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=OneLineParser, metavar="COMMAND")
@@ -127,6 +135,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--text-encoder", metavar="DIR", help="folder or hub id of a pretrained reader of captions")
     sub.add_argument("--workers", type=natural, default=0, help="processes that make batches ahead (default: none)")
     sub.add_argument("--save-every", type=count, default=250, help="steps between saved states")
+    sub.add_argument("--keep", type=count, action="append", default=[], metavar="STEP",
+                     help="keep the model after this step as OUT/model-STEP; may be repeated")  # fmt: skip
     sub.add_argument("--sample-every", type=count, default=1000, help="steps between sample grids")
     sub.add_argument("--cases", type=count, default=128, help="clips a world in the final table")
     sub.add_argument("--dry-run", action="store_true", help="print the resolved settings and stop")
@@ -183,9 +193,20 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--weight", type=float, help="guidance weight w")
     sub.add_argument("--strength", type=float, help="perturbation strength u in [0, 1]")
     sub.add_argument("--batch-size", type=count, help="clips a batch (default: as many as fit)")
-    sub.add_argument("--executor", choices=EXECUTORS, default="local", help="where trials run")
-    sub.add_argument("--address", help="of a running Ray cluster; without it one is started here")
-    sub.add_argument("--workers", type=count, help="Ray workers (default: one a GPU, or one a processor core)")
+    add_executor(sub)
+
+    sub = command(
+        "study", command_study, "the pre-registered study of a model: every part, and what became of each claim"
+    )
+    sub.add_argument("--model", default=str(REFERENCE_MODEL))
+    sub.add_argument("--weaker", action="append", default=[], metavar="DIR", help="worse model, for AutoGuidance")
+    sub.add_argument("--twin", metavar="DIR", help="another training of the same shape, for transfer")
+    sub.add_argument("--plan", choices=("full", "smoke"), default="full", help="sizes (default: %(default)s)")
+    sub.add_argument("--part", action="append", default=[], metavar="NAME", help="only this part; may be repeated")
+    sub.add_argument("--against", metavar="DIR", help="compare with the tables of this study, within their intervals")
+    sub.add_argument("--out", required=True, help="folder of the study")
+    sub.add_argument("--resume", action="store_true", help="go on with the study in --out")
+    add_executor(sub)
 
     sub = command("scaling", command_scaling, "what training at phyworld's scale takes, on paper")
     sub.add_argument("--utilisation", type=float, default=0.4, help="share of the H100's peak (default: %(default)s)")

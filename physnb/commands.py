@@ -44,7 +44,7 @@ def command_train(args: argparse.Namespace) -> dict[str, Any] | None:
     for report in reports if not args.json and is_main_process() else ():
         print(report)
     scenarios = [name for name in config.sources if name in SIMULATED]
-    model = train(config, folder, start=start, resume=args.resume, save_every=args.save_every,
+    model = train(config, folder, start=start, resume=args.resume, save_every=args.save_every, keep=args.keep,
                   sample_every=args.sample_every, on_sample=partial(sample_grid, scenarios=scenarios),
                   workers=args.workers,
                   progress=not args.json)  # fmt: skip
@@ -158,8 +158,7 @@ def command_hunt(args: argparse.Namespace) -> dict[str, Any]:
     given = {name: value for name, value in vars(args).items() if name in names and value is not None}
     hunt = dataclasses.replace(hunt, **given)
     model = load_model(args.model)
-    others = {Path(folder).resolve().name: load_model(folder) for folder in args.weaker}
-    require(len(others) == len(args.weaker), f"--weaker folders of one name ({', '.join(args.weaker)}); rename one")
+    others = load_others(args.weaker)
     subject = simulated_subject(model, hunt, "selection")
     settings = dict(batch_size=args.batch_size, progress=not args.json)
     with executor_named(args.executor, address=args.address, workers=args.workers) as executor:
@@ -191,6 +190,36 @@ def command_hunt(args: argparse.Namespace) -> dict[str, Any]:
     head_map = plot_head_map(found.ranking.layer_map(), found.heads, found.ranking.label)
     save_figure(folder / "map.png", head_map)
     write_json(folder / "hunt.json", result)
+    return result
+
+
+def load_others(folders: list[str]) -> dict[str, Any]:
+    """Models to steer away from, by the names of their folders."""
+    from physnb.checkpoint import load_model
+
+    others = {Path(folder).resolve().name: load_model(folder) for folder in folders}
+    require(len(others) == len(folders), f"--weaker folders of one name ({', '.join(folders)}); rename one")
+    return others
+
+
+def command_study(args: argparse.Namespace) -> dict[str, Any]:
+    from physnb.checkpoint import load_model
+    from physnb.executors import executor_named
+    from physnb.study import PLANS, compare, judge, read_tables, run_study
+
+    committed = read_tables(args.against) if args.against else {}
+    require(not args.against or bool(committed), f"there are no tables of a study in {args.against}")
+    models = dict(others=load_others(args.weaker), twin=load_model(args.twin) if args.twin else None)
+    with executor_named(args.executor, address=args.address, workers=args.workers) as executor:
+        settings = dict(only=args.part, executor=executor, resume=args.resume, progress=not args.json)
+        tables = run_study(PLANS[args.plan], load_model(args.model), args.out, **models, **settings)
+    result: dict[str, Any] = dict(folder=args.out, verdicts=[verdict.to_row() for verdict in judge(tables)])
+    if committed:
+        result["agreement"] = compare(committed, tables)
+        others = [row["table"] for row in result["agreement"] if not row["agrees"]]
+        require(
+            not others, f"{', '.join(others)}: too many estimates outside of the committed intervals; see {args.out}"
+        )
     return result
 
 

@@ -349,6 +349,8 @@ def _preset(model: dict, train: dict, hunt: dict) -> Preset:
     return Preset(TrainConfig(model=ModelConfig(**model), **train), HuntConfig(**hunt))
 
 
+FINE_WEIGHTS = (1.0, 1.0, 2.0, *[1 / 6] * len(PHENOMENA))  # collisions are the hardest
+
 # What each preset reached is in the README, with the command that measured it.
 PRESETS: dict[str, Preset] = {
     # seconds on a CPU: for tests and for notebooks at their defaults
@@ -385,6 +387,29 @@ PRESETS: dict[str, Preset] = {
             seed=1,
         ),
         dict(selection_cases=64, confirmation_cases=256, steps=10),
+    ),
+    # two hours on 2 cores, from the weights of "refine" (--start): finer pixels, the phenomena beside the worlds
+    "fine": _preset(
+        dict(frames=16, size=64, patch=(2, 16, 16), width=128, depth=6, heads=8),
+        dict(
+            sources=SIMULATED,
+            source_weights=FINE_WEIGHTS,
+            steps=14_000,
+            batch=16,
+            learning_rate=2e-3,
+            matrix_learning_rate=6e-3,
+            decay_fraction=0.9,
+            ema_decay=0.998,
+            noise_shift=16.0,
+            seed=2,
+        ),
+        dict(selection_cases=64, confirmation_cases=256),
+    ),
+    # minutes: the small model that AutoGuidance steers "fine" away from
+    "small": _preset(
+        dict(frames=16, size=64, patch=(2, 16, 16), width=64, depth=3, heads=4),
+        dict(sources=SIMULATED, source_weights=FINE_WEIGHTS, steps=3000, batch=16, ema_decay=0.99, noise_shift=16.0),
+        dict(),
     ),
     # phyworld's scale (32 frames, DiT-S); needs GPUs and was never run here
     "paper": _preset(

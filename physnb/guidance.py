@@ -51,7 +51,7 @@ def combine_predictions(
     """C + sum_i w_i (C - W_i): C pushed away from each weaker prediction W_i by its excess weight, row by row."""
     combined = conditional
     for other, weight in zip(others, weights, strict=True):
-        combined = combined + weight.view(-1, 1, 1, 1, 1).to(conditional) * (conditional - other)
+        combined = torch.addcmul(combined, weight.view(-1, 1, 1, 1, 1).to(conditional), conditional - other)
     return combined
 
 
@@ -162,6 +162,12 @@ def same_inputs(twins: list[int], noised: ClipTensor, sigma: Levels) -> tuple[in
     return tuple(twin if same else row for row, twin, same in zip(rows, twins, equal.tolist(), strict=True))
 
 
+def take_rows(clips: ClipTensor, rows: list[int]) -> ClipTensor:
+    """clips[rows], without a copy where the rows are neighbours in order."""
+    first = rows[0] if rows else 0
+    return clips[first : first + len(rows)] if rows == list(range(first, first + len(rows))) else clips[rows]
+
+
 class Plan:
     """How the predictions of all terms are made in as few rows as possible; row b has the input of row sources[b]."""
 
@@ -200,12 +206,16 @@ class Plan:
             if any(self.skips):
                 stack.enter_context(skip_layers(self.model, self.skips))
             clean = self.model(**before, fork=self.fork).sample
-        conditional = clean[self.conditional.to(rows.device)]
+        conditional = take_rows(clean, self.conditional.tolist())
         predictions = [conditional]
         for term in self.terms:
-            prediction = conditional.clone()
             known = [row for row in term.rows if (id(term), row) in self.places]
-            prediction[known] = clean[[self.places[id(term), row] for row in known]]
+            part = take_rows(clean, [self.places[id(term), row] for row in known])
+            if known == list(range(len(conditional))):
+                prediction = part
+            else:
+                prediction = conditional.clone()
+                prediction[known] = part
             for name in dict.fromkeys(weak.name for weak in term.weak if isinstance(weak, OtherModel)):
                 mine = [row for row, weak in zip(term.rows, term.weak, strict=True) if weak == OtherModel(name)]
                 seen = list(dict.fromkeys(self.sources[row] for row in mine))

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from scipy.stats import norm, rankdata
+from scipy.stats import norm
 from torch import Tensor
 
 from physnb.config import choose, require
@@ -25,7 +25,7 @@ from physnb.data import Clip, DiscState, hash_draws, render, uniform_draws
 from physnb.data.worlds import frame_times
 from physnb.metrics import Scores
 from physnb.metrics.colour import stretch_contrast
-from physnb.statistics import Estimate, bootstrap_mean, paired_difference
+from physnb.statistics import Estimate, bootstrap_mean, paired_difference, spearman
 
 BROKEN = ("static", "reversed", "shuffled", "swapped", "noise")
 RUNGS = ("copy", "second_take", "faded", *BROKEN)
@@ -369,16 +369,8 @@ def rank_correlation(scores: Mapping[str, Float[Tensor, " clip"]], seed: int = 0
                 reasons |= dict.fromkeys(pairs, f"{same} is the same for every clip")
             else:
                 draws = np.random.default_rng(seed).integers(0, len(x), (RESAMPLES, len(x)))
-                resampled = _spearman(x[draws], y[draws])
+                resampled = spearman(x[draws], y[draws])
                 ends = np.nanquantile(resampled, [0.025, 0.975])  # a resample of equal values has no correlation
-                for matrix, value in zip((rho, low, high), (_spearman(x[None], y[None])[0], *ends), strict=True):
+                for matrix, value in zip((rho, low, high), (spearman(x[None], y[None])[0], *ends), strict=True):
                     matrix[i, j] = matrix[j, i] = float(value)
     return RankCorrelations(names, rho, low, high, judged, reasons)
-
-
-def _spearman(x: Float[np.ndarray, "row clip"], y: Float[np.ndarray, "row clip"]) -> Float[np.ndarray, " row"]:
-    """Pearson's correlation of the ranks in each row; NaN where a row has equal values only."""
-    x, y = (rankdata(values, axis=1) for values in (x, y))
-    x, y = (ranks - ranks.mean(1, keepdims=True) for ranks in (x, y))
-    size = np.sqrt((x**2).sum(1) * (y**2).sum(1))
-    return np.divide((x * y).sum(1), size, out=np.full(len(x), np.nan), where=size > 0)

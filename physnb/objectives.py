@@ -93,6 +93,22 @@ def clip_judge(function: Callable[[Clip, Clip | None], Scores | Tensor], version
     return Judge(f"{function.__module__}.{name}", prepare, version)
 
 
+def joint_judge(*judges: Judge) -> Judge:
+    """One judge with the scores of several, so that a clip is generated once for all of them.
+
+    Raises ValueError for fewer than two, and for one that scores the model rather than its clips.
+    """
+    require(len(judges) > 1, "a joint judge needs two judges or more")
+    losses = [judge.name for judge in judges if not judge.generates]
+    require(not losses, f"{', '.join(losses)} scores the model, not its clips, and cannot join judges of clips")
+
+    def prepare(cases: Clip | None, frames_given: int, seed: int) -> ClipScorer:
+        scorers = [judge.prepare(cases, frames_given, seed) for judge in judges]
+        return lambda generated, rows: {k: v for scorer in scorers for k, v in scorer(generated, rows).items()}
+
+    return Judge("+".join(f"{judge.name}@{judge.version}" for judge in judges), prepare)
+
+
 def simulated(judge: str, cases: Clip | None) -> Clip:
     """The cases, which a judge of simulated worlds cannot do without."""
     require(

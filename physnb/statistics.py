@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
-from scipy.stats import norm
+from scipy.stats import hypergeom, norm, rankdata
 from torch import Tensor
 
 from physnb.config import require
@@ -68,6 +68,104 @@ def paired_difference(values: Float[Tensor, " clip"], baseline: Float[Tensor, " 
     """Mean of values - baseline over the clips judged in both, with its bootstrap interval."""
     require(len(values) == len(baseline), f"paired values must match: {len(values)} against {len(baseline)}")
     return bootstrap_mean(values - baseline, seed)
+
+
+def relative_difference(values: Float[Tensor, " clip"], baseline: Float[Tensor, " clip"], seed: int = 0) -> Estimate:
+    """Mean of values - baseline as a share of the mean baseline, over the clips judged in both; clips are resampled.
+
+    -0.2 is 20 % less than the baseline. Raises ValueError for values that do not match and where the mean baseline is
+    not above 0: a share of nothing says nothing.
+    """
+    require(len(values) == len(baseline), f"paired values must match: {len(values)} against {len(baseline)}")
+    first, second = (np.asarray(x, dtype=np.float64) for x in (values, baseline))
+    known = ~np.isnan(first - second)
+    if not known.any():
+        return Estimate(np.nan, np.nan, np.nan, 0, len(first))
+    first, second = first[known], second[known]
+    require(second.mean() > 0, f"a relative difference needs a mean baseline above 0, got {second.mean():.3g}")
+    drawn = np.random.default_rng(seed).integers(0, len(first), (RESAMPLES, len(first)))
+    low, high = np.quantile(first[drawn].mean(1) / second[drawn].mean(1) - 1, [0.025, 0.975])
+    return Estimate(float(first.mean() / second.mean() - 1), float(low), float(high), int(known.sum()), len(known))
+
+
+def rank_agreement(
+    first: Float[Tensor, "item case"],
+    second: Float[Tensor, "item case"],
+    *,
+    paired: bool = True,
+    seed: int = 0,
+    draws: int = 1000,
+) -> Estimate:
+    """Spearman's rank correlation of two sets of items' means over cases, such as the effects of heads by two metrics.
+
+    The interval resamples cases: paired ones together, others on each side by itself. judged: items with a mean on both
+    sides; NaN with fewer than three. Noise in the means pulls the correlation towards 0: two halves of the same cases
+    would not agree fully either. Raises ValueError for other items on either side, and paired sides of other cases.
+    """
+    sides = [np.asarray(x, dtype=np.float64) for x in (first, second)]
+    require(len(sides[0]) == len(sides[1]), f"both sides need the same items: {len(sides[0])} and {len(sides[1])}")
+    same = not paired or sides[0].shape == sides[1].shape
+    require(same, f"paired sides need the same cases: {sides[0].shape[1]} and {sides[1].shape[1]}")
+    known = ~np.logical_or(*(np.isnan(x).all(1) for x in sides))
+    if known.sum() < 3:
+        return Estimate(np.nan, np.nan, np.nan, int(known.sum()), len(known))
+    generator = np.random.default_rng(seed)
+    sides = [x[known] for x in sides]
+    shares = [np.full((1, x.shape[1]), 1.0) for x in sides]  # what each case counts for: all alike, then resampled
+    drawn = [resample_counts(generator, draws, x.shape[1]) for x in sides]
+    if paired:
+        drawn[1] = drawn[0]
+    means = [weighted_means(x, np.concatenate([w, d])) for x, w, d in zip(sides, shares, drawn, strict=True)]
+    rho = spearman(*means)
+    low, high = np.nanquantile(rho[1:], [0.025, 0.975]) if not np.isnan(rho[1:]).all() else (np.nan, np.nan)
+    return Estimate(float(rho[0]), float(low), float(high), int(known.sum()), len(known))
+
+
+def resample_counts(generator: np.random.Generator, draws: int, cases: int) -> Float[np.ndarray, "draw case"]:
+    """How often each case is in each resample."""
+    return generator.multinomial(cases, np.full(cases, 1 / cases), size=draws).astype(np.float64)
+
+
+def weighted_means(
+    values: Float[np.ndarray, "item case"], weights: Float[np.ndarray, "draw case"]
+) -> Float[np.ndarray, "draw item"]:
+    """Mean of every item over its judged cases under each set of weights; over all of them where none is drawn."""
+    known = ~np.isnan(values)
+    total = weights @ known.T
+    sums = weights @ np.nan_to_num(values).T
+    return np.divide(sums, total, out=np.broadcast_to(np.nanmean(values, 1), sums.shape).copy(), where=total > 0)
+
+
+def spearman(x: Float[np.ndarray, "row item"], y: Float[np.ndarray, "row item"]) -> Float[np.ndarray, " row"]:
+    """Pearson's correlation of the ranks in each row; NaN where a row has equal values only."""
+    x, y = (rankdata(values, axis=1) for values in (x, y))
+    x, y = (ranks - ranks.mean(1, keepdims=True) for ranks in (x, y))
+    size = np.sqrt((x**2).sum(1) * (y**2).sum(1))
+    return np.divide((x * y).sum(1), size, out=np.full(len(x), np.nan), where=size > 0)
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How many of `chosen` items two choices from `items` share, beside what chance gives.
+
+    p: chance that two random choices share as many or more (hypergeometric); expected: chosen^2 / items.
+    """
+
+    shared: int
+    chosen: int
+    items: int
+
+    @property
+    def expected(self) -> float:
+        return self.chosen**2 / self.items
+
+    @property
+    def p(self) -> float:
+        return float(hypergeom.sf(self.shared - 1, self.items, self.chosen, self.chosen))
+
+    def to_dict(self) -> dict[str, float | int]:
+        """For JSON."""
+        return vars(self) | dict(expected=self.expected, p=self.p)
 
 
 def sign_flips(

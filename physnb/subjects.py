@@ -7,6 +7,7 @@ between trials are paired. A subject knows nothing of batches, stores or search:
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -32,6 +33,7 @@ from physnb.pretrained import generate_clips
 from physnb.space import space_of
 
 MOST_ROWS = {False: 64, True: 512}  # on a CPU, on a GPU; more were no faster on a CPU
+CACHED_BYTES = 3 << 22  # of clips, on a CPU: more of them leave its caches, and are slower by a third
 Row = tuple[Guidance, int]  # a trial and the number of a case
 
 
@@ -118,7 +120,9 @@ class ModelSubject:
 
         Measured on a forward of two rows whose first layer is broken.
         """
-        most = MOST_ROWS[self.model.device.type == "cuda"]
+        on_gpu = self.model.device.type == "cuda"
+        clip_bytes = 4 * math.prod(self.model.clip_shape)
+        most = MOST_ROWS[on_gpu] if on_gpu else min(MOST_ROWS[on_gpu], max(1, CACHED_BYTES // clip_bytes))
         part = self.cases[[0, 0]]
         start, given, caption = conditions(self.model, part, self.frames_given)
         guidance = [Guidance.from_heads([head], 1.0) for head in self.heads[:2]]
@@ -163,7 +167,7 @@ def simulated_subject(
     part: str,
     *,
     split: str | None = None,
-    objective: str | None = None,
+    objective: str | Objective | None = None,
     others: Mapping | None = None,
 ) -> ModelSubject:
     """The selection or the confirmation cases of a hunt in simulated worlds; the two have no case in common.
@@ -178,7 +182,9 @@ def simulated_subject(
     shape = dict(frames=space.frames, size=space.size, seed=hunt.seed)
     cases = Clip.concatenate([simulate(name, split or hunt.split, numbers, **shape) for name in hunt.scenarios])
     settings = dict(frames_given=hunt.frames_given, steps=hunt.steps, seed=hunt.seed + 1)
-    return ModelSubject(model, cases, objective_named(objective or hunt.objective), **settings, others=others)
+    if not isinstance(objective, Objective):
+        objective = objective_named(objective or hunt.objective)
+    return ModelSubject(model, cases, objective, **settings, others=others)
 
 
 @dataclass(eq=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from physnb.ahead import run_ahead
 from physnb.captioning import Captioner, Captions
-from physnb.checkpoint import fingerprint
+from physnb.checkpoint import fingerprint, save_model
 from physnb.codec import LatentCache, latent_examples
 from physnb.config import TextConfig, TrainConfig, from_json, require, to_json
 from physnb.data import Mixture, normal_noise, uniform_draws
@@ -258,6 +258,7 @@ def train(
     save_every: int = 250,
     sample_every: int = 0,
     on_sample: Callable[[VideoDiT, int, Path], dict[str, float]] | None = None,
+    keep: Collection[int] = (),
     stop_after: int | None = None,
     workers: int = 0,
     progress: bool = True,
@@ -267,7 +268,8 @@ def train(
     start: the model whose weights training begins with, where the config names one by its fingerprint; the one to
     train may be finer, deeper and know more words (`physnb.grow`).
     resume continues a stopped run to the same weights, bit for bit on a CPU. on_sample(model, step, folder) is called
-    every `sample_every` steps and its numbers are logged. stop_after ends this call early, as an interruption would.
+    every `sample_every` steps and its numbers are logged. keep: steps after which the model is kept as `model-STEP`
+    in the folder, for AutoGuidance. stop_after ends this call early, as an interruption would.
     workers: processes of each training process that make batches ahead; the weights do not depend on them.
     Launched by `torchrun` or `accelerate launch`, the processes share each batch; with physnb/launch/sharded.yaml
     they also share weights, average and moments. Both ran on CPU processes; on several GPUs it was not run.
@@ -282,6 +284,8 @@ def train(
     require(not sharded or accelerator.is_fsdp2, "weights are sharded by FSDP2 alone; set fsdp_version to 2")
     folder = Path(folder)
     check_start(config, start)
+    beyond = [step for step in keep if not 0 < step <= config.steps]
+    require(not beyond, f"a model can be kept after step 1 to {config.steps}, not after {beyond[:1]}")
     if accelerator.is_main_process:
         prepare_folder(folder, resume=resume)
         if resume and (folder / CONFIG_FILE).exists():
@@ -319,6 +323,10 @@ def train(
             log.add_scalar("learning_rate", config.learning_rate * schedule(config, state.step - 1), state.step)
         if state.step % save_every == 0 or state.step == last:
             state.save(folder / STATE_FILE, write=main)
+        if state.step in keep:
+            early, place = state.averaged_model(), folder / f"model-{state.step}"
+            if main and not place.exists():  # a run that was stopped may pass the step twice
+                save_model(early, place)
         if on_sample is not None and sample_every and state.step % sample_every == 0:
             averaged = state.averaged_model()
             for name, value in (on_sample(averaged, state.step, folder) if main else {}).items():

@@ -19,6 +19,8 @@ from physnb.store import TrialStore
 from physnb.subjects import simulated_subject
 from physnb.trials import Trials
 
+RANDOM = "random heads"
+
 
 @dataclass(frozen=True)
 class Condition:
@@ -38,7 +40,8 @@ class Transfer:
     """Heads hunted on one condition, tested on the fresh cases of another.
 
     effect: objective minus unguided, negative is better. against_own: that effect minus the one of the heads that the
-    tested condition chose itself, paired case by case; above 0 where its own are better. shared: heads in both sets.
+    tested condition chose itself, paired case by case; above 0 where its own are better. against_random: minus the one
+    of as many random heads; below 0 where something was carried over. shared: heads in both sets.
     """
 
     hunted_on: str
@@ -47,12 +50,13 @@ class Transfer:
     shared: int
     effect: Estimate
     against_own: Estimate
+    against_random: Estimate
 
     def to_row(self) -> dict:
         """As one dict, ready for JSON."""
         words = dict(hunted_on=self.hunted_on, tested_on=self.tested_on, heads=head_names(self.heads))
-        estimates = dict(effect=self.effect.to_dict(), against_own=self.against_own.to_dict())
-        return words | dict(shared=self.shared) | estimates
+        names = ("effect", "against_own", "against_random")
+        return words | dict(shared=self.shared) | {name: getattr(self, name).to_dict() for name in names}
 
 
 def simulated_condition(model: VideoDiT, hunt: HuntConfig, store: TrialStore | None, a_scenario: int) -> Condition:
@@ -100,7 +104,7 @@ def measure_transfer(conditions: Mapping[str, Condition], hunt: HuntConfig, k: i
     require(not odd, f"{', '.join(odd)}: a model with other layers and heads; transfer is between models of one shape")
     random = random_head_sets(known, k, 1, hunt.seed)[0]  # refuses a k that no condition could choose
     chosen = {name: choose_heads(condition, hunt, k) for name, condition in conditions.items()}
-    sets = chosen | {"random heads": random}
+    sets = chosen | {RANDOM: random}
     found: dict[tuple[str, str], Float[Tensor, " case"]] = {}
     for name, condition in conditions.items():
         trials, cases = condition.confirmation, condition.confirmation_cases
@@ -114,6 +118,7 @@ def measure_transfer(conditions: Mapping[str, Condition], hunt: HuntConfig, k: i
             len(set(heads) & set(chosen[target])),
             bootstrap_mean(found[source, target]),
             paired_difference(found[source, target], found[target, target]),
+            paired_difference(found[source, target], found[RANDOM, target]),
         )
         for source, heads in sets.items()
         for target in conditions

@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from physnb.config import Guidance, LayerSkip, OtherModel, Perturbation, Weak, choose, require
+from physnb.objectives import Objective
 from physnb.store import TrialStore
 from physnb.subjects import Row, Subject
 
@@ -186,6 +188,18 @@ class Trials:
         finally:
             if store is not None:
                 store.close()
+
+    def judged_by(self, objective: Objective) -> Trials:
+        """The same rows, decided by another score of the same judge; what is found is shared with these trials.
+
+        Raises ValueError for an objective of another judge, whose scores these rows do not have.
+        """
+        judges = [(o.judge.name, o.judge.version) for o in (self.subject.objective, objective)]
+        require(judges[0] == judges[1], f"these rows are judged by {judges[0][0]}, not by {judges[1][0]}")
+        other = copy(self)
+        other.subject = copy(self.subject)
+        other.subject.objective = objective
+        return other
 
     def scores(
         self,

@@ -17,7 +17,20 @@ from physnb.families import heads_of
 from physnb.store import TrialStore, read_json, write_json
 from physnb.subjects import ModelSubject
 
-COMMANDS = ("run", "train", "generate", "eval", "heads", "hunt", "scaling", "codec", "export", "bench", "report")
+COMMANDS = (
+    "run",
+    "train",
+    "generate",
+    "eval",
+    "heads",
+    "hunt",
+    "study",
+    "scaling",
+    "codec",
+    "export",
+    "bench",
+    "report",
+)
 HUNT = "hunt --preset smoke --split id --selection-cases 1 --confirmation-cases 1".split()
 
 

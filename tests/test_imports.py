@@ -53,7 +53,7 @@ ALLOWED = {  # data and metrics are one module each; `__init__` is what `import 
     "objectives": "config data likelihood metrics model",
     "subjects": "checkpoint config data families generate guidance guide memory metrics model objectives pretrained "
     "space",
-    "trials": "config store subjects",
+    "trials": "config objectives store subjects",
     "executors": "config memory subjects trials",
     "ranking": "config objectives statistics trials",
     "race": "config ranking trials",
@@ -79,8 +79,10 @@ ALLOWED = {  # data and metrics are one module each; `__init__` is what `import 
     "bench_heads": "bench config flow guidance hooks memory model",
     "bench_hunt": "bench config flow generate hooks memory model race ranking subjects trials",
     "standings": "bench config data ladder metrics",
+    "study": "analysis checkpoint config confirm contributions data metrics model objectives profiles ranking search "
+    "statistics store strength subjects transfer trials",
     "commands": "bench bench_data bench_heads bench_hunt checkpoint codec config confirm data evaluate executors "
-    "generate metrics plots pretrained ranking runs scaling search space standings store subjects sweeps "
+    "generate metrics plots pretrained ranking runs scaling search space standings store study subjects sweeps "
     "text train trials",
     "__main__": "commands config tables",
 }

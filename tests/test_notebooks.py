@@ -36,6 +36,7 @@ def test_numbers_are_those_of_the_design():
         "05_benchmarks",
         "06_knowledge",
         "07_pretrained",
+        "08_findings",
     ]
 
 

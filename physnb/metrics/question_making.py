@@ -352,6 +352,8 @@ def _nearest_picture(question: ClipQuestion, motion: Motion) -> str:
     """The option whose discs the last frame shows, within half the distance between any two options."""
     pictures = _found_motions(torch.stack(question.option_media))
     discs = pictures[0].present
+    if not discs:
+        raise _Unclear("a picture shows no disc as a whole")
     places = [torch.stack([_place(picture, 0, disc) for disc in discs]) for picture in pictures]
     found = torch.stack([_place(motion, -1, disc) for disc in discs])
     apart = min((a - b).norm(dim=-1).max() for a, b in combinations(places, 2))

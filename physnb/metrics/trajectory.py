@@ -191,6 +191,32 @@ def metric_trajectory(
     }
 
 
+def shared_motion(
+    generated: Clip, other: Clip, true: Clip, *, frames_given: int = 3, restore: float = RESTORE
+) -> dict[str, tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]]:
+    """Position and velocity error of two generations of the same cases, each on the frames where both show the disc.
+
+    `metric_trajectory` judges every clip where its own disc is there, so a clip that keeps a disc through the hard
+    frames is judged on more of them than one that loses it. Here both are judged on the same frames: what is left of a
+    difference is motion alone. By name the values of `generated` and of `other`; NaN in both where no frame is shared.
+    Raises ValueError as `metric_trajectory` does.
+    """
+    state = check_pair(generated, true, frames_given)
+    check_pair(other, true, frames_given)
+    parsed = [parse_discs(clip.frames, restore=restore) for clip in (generated, other)]
+    least = PRESENT_AREA * torch.pi * state.radii[:, None] ** 2
+    use = state.inside & (parsed[0].areas >= least) & (parsed[1].areas >= least)
+    use[:, : frames_given - 1] = False
+    judged = use.clone()
+    judged[:, frames_given - 1] = False
+    offsets = [found.positions - state.positions for found in parsed]
+    position, velocity = (
+        tuple(_masked_mean(offset.norm(dim=-1), judged) for offset in offsets),
+        tuple(_fitted_errors(offset, state, use)[0] for offset in offsets),
+    )
+    return dict(position_error=position, velocity_error=velocity)
+
+
 def _fitted_errors(
     offset: Float[Tensor, "batch time disc axis"], state: DiscState, use: Bool[Tensor, "batch time disc"]
 ) -> tuple[Tensor, Tensor, Tensor]:

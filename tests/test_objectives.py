@@ -11,7 +11,15 @@ from physnb.data.impossible import kinds_for, make_impossible
 from physnb.likelihood import clip_losses, noise_levels, pair_losses, preference_scores
 from physnb.metrics import Scores
 from physnb.metrics.preference import UNTRAINED, RewardModel
-from physnb.objectives import LOSS_LEVELS, OBJECTIVES, Objective, clip_judge, objective_named, reward_objective
+from physnb.objectives import (
+    LOSS_LEVELS,
+    OBJECTIVES,
+    Objective,
+    clip_judge,
+    joint_judge,
+    objective_named,
+    reward_objective,
+)
 from physnb.ranking import rank_heads
 from physnb.subjects import ModelSubject, judged
 
@@ -310,3 +318,24 @@ def test_bad_names_are_explained(my_module, name, message):
               "unsaved = made['unsaved']\n")  # fmt: skip
     with pytest.raises(ValueError, match=message):
         objective_named(name)
+
+
+# --- several judges of one generation
+
+
+def test_a_joint_judge_gives_the_scores_of_its_judges(model, cases, scored):
+    judges = {OBJECTIVES[name].judge.name: OBJECTIVES[name].judge for name in OF_CLIPS}
+    joint = joint_judge(*judges.values())
+    assert joint.name == "+".join(f"{judge.name}@{judge.version}" for judge in judges.values())
+    subject = ModelSubject(model, cases, dataclasses.replace(OBJECTIVES["reward"], judge=joint), steps=1)
+    found = subject.score([(guidance, case) for case in range(6) for guidance in (OFF, HEADS)])
+    for name in judges:
+        for score, values in scored[name].items():
+            assert torch.equal(found[score].nan_to_num(nan=-9), values.nan_to_num(nan=-9)), score
+
+
+def test_judges_that_cannot_join_are_refused():
+    with pytest.raises(ValueError, match="two judges or more"):
+        joint_judge(OBJECTIVES["reward"].judge)
+    with pytest.raises(ValueError, match="plausibility scores the model, not its clips"):
+        joint_judge(OBJECTIVES["reward"].judge, OBJECTIVES["preference_error"].judge)

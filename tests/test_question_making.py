@@ -24,6 +24,12 @@ from physnb.metrics.questions import CHANCE, LETTERS, Reply, read_options, score
 FRAMES, SIZE = 16, 32
 
 
+def test_a_disc_that_no_picture_shows_whole_asks_nothing_of_the_future():
+    small = simulate("collision", "ood", range(24), frames=8, size=16)  # discs of half a pixel
+    made = make_questions(small, ("next",))
+    assert len(made.questions) + len(made.not_made) == 24
+
+
 def clip_of(paths: list[torch.Tensor], radii: list[float], impact_s: float = torch.nan, scenario="uniform") -> Clip:
     """One clip of discs on given paths [time, axis], red first."""
     frames = len(paths[0])

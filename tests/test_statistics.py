@@ -6,14 +6,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binom, false_discovery_control, norm
+from scipy.stats import binom, false_discovery_control, norm, spearmanr
 
 from physnb.statistics import (
+    Overlap,
     benjamini_hochberg,
     bootstrap_mean,
     cases_needed,
     detectable_effect,
     paired_difference,
+    rank_agreement,
+    relative_difference,
     sign_flips,
 )
 
@@ -243,3 +246,68 @@ def test_promised_power_is_that_of_the_test(power, tests):
 def test_power_of_what_makes_no_sense_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# --- shares, ranks, overlaps
+
+
+def test_relative_difference_is_a_share_of_the_mean_and_pairs_its_cases():
+    baseline = torch.rand(200, generator=torch.Generator().manual_seed(0)) + 0.5
+    found = relative_difference(0.8 * baseline, baseline)
+    assert (found.mean, found.low, found.high) == pytest.approx((-0.2, -0.2, -0.2), abs=1e-6)  # no noise is left
+    found = relative_difference(torch.tensor([1.0, math.nan, 3.0]), torch.tensor([2.0, 5.0, 2.0]))
+    assert found.mean == pytest.approx(0.0) and (found.judged, found.cases) == (2, 3)
+    assert math.isnan(relative_difference(torch.tensor([math.nan]), torch.ones(1)).mean)
+    with pytest.raises(ValueError, match="needs a mean baseline above 0, got 0"):
+        relative_difference(torch.ones(3), torch.zeros(3))
+    with pytest.raises(ValueError, match="paired values must match: 2 against 3"):
+        relative_difference(torch.ones(2), torch.ones(3))
+
+
+def test_relative_difference_covers_the_true_share_about_19_times_of_20():
+    generator = torch.Generator().manual_seed(1)
+    covered = 0
+    for _ in range(200):
+        baseline = 1 + torch.rand(60, generator=generator)
+        found = relative_difference(0.9 * baseline + 0.3 * torch.randn(60, generator=generator), baseline)
+        covered += found.low <= -0.1 <= found.high
+    assert 180 <= covered <= 199
+
+
+def test_rank_agreement_is_scipys_on_the_means():
+    generator = torch.Generator().manual_seed(2)
+    first, second = (torch.randn(12, 30, generator=generator).double() for _ in range(2))
+    second += torch.arange(12)[:, None] * 0.1
+    found = rank_agreement(first, second)
+    assert found.mean == pytest.approx(spearmanr(first.mean(1), second.mean(1)).statistic)
+    assert found.low <= found.mean <= found.high and (found.judged, found.cases) == (12, 12)
+
+
+def test_rank_agreement_pairs_cases_where_they_are_the_same():
+    effects = torch.randn(20, 8, generator=torch.Generator().manual_seed(3))
+    assert rank_agreement(effects, effects).low == pytest.approx(1.0)  # noise that both share orders both alike
+    assert rank_agreement(effects, effects, paired=False).low < 0.9
+    with pytest.raises(ValueError, match="paired sides need the same cases: 8 and 5"):
+        rank_agreement(effects, effects[:, :5])
+    with pytest.raises(ValueError, match="both sides need the same items: 20 and 19"):
+        rank_agreement(effects, effects[1:])
+
+
+def test_rank_agreement_leaves_out_items_that_one_side_could_not_judge():
+    effects = torch.randn(6, 9, generator=torch.Generator().manual_seed(4))
+    gaps = effects.clone()
+    gaps[0], gaps[1, :4] = math.nan, math.nan
+    found = rank_agreement(effects, gaps)
+    assert found.judged == 5 and 0 < found.mean <= 1
+    assert math.isnan(rank_agreement(effects[:2], effects[:2]).mean)
+
+
+def test_overlap_has_the_chance_of_two_random_choices():
+    generator, shared = np.random.default_rng(0), []
+    for _ in range(4000):
+        first, second = (set(generator.choice(48, 8, replace=False).tolist()) for _ in range(2))
+        shared.append(len(first & second))
+    found = Overlap(3, 8, 48)
+    assert found.expected == pytest.approx(np.mean(shared), abs=0.05)
+    assert found.p == pytest.approx(np.mean(np.array(shared) >= 3), abs=0.02)
+    assert Overlap(0, 8, 48).p == 1.0 and Overlap(8, 8, 48).p < 1e-8

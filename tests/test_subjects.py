@@ -211,6 +211,12 @@ def test_rows_that_fit_are_as_many_as_memory_holds(model, make_model, cases, mon
     assert 1 <= ModelSubject(make_model(heads=1, depth=1), cases, TRACKING).rows_that_fit() < 64
 
 
+def test_batches_of_large_clips_stay_in_the_caches(make_model):
+    large = simulate("uniform", "id", [0], frames=8, size=128)
+    subject = ModelSubject(make_model(size=128, patch=(2, 32, 32)), large, TRACKING)
+    assert subject.rows_that_fit() == subjects.CACHED_BYTES // (4 * 3 * 8 * 128 * 128) == 8
+
+
 def test_a_score_does_not_depend_on_its_chunk(model, make_model, cases):
     camera = Camera()
     subject = ModelSubject(model, cases, camera.objective(), steps=3, others=dict(early=make_model(3)))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import physnb
-from physnb.checkpoint import fingerprint
+from physnb.checkpoint import fingerprint, load_model
 from physnb.config import ModelConfig, TextConfig, preset
 from physnb.data import encode_captions
 from physnb.flow import add_noise, velocity_loss
@@ -175,6 +175,16 @@ def test_samples_are_asked_for_and_logged(tmp_path):
     assert seen == [(8, tmp_path / "run", False), (16, tmp_path / "run", False)]
     steps, values = read_history(tmp_path / "run")["position_error"]
     assert steps == [8, 16] and values == pytest.approx([0.8, 1.6])
+
+
+def test_models_are_kept_where_asked(tmp_path):
+    final = train(SMOKE, tmp_path / "run", keep=(8, 20), progress=False)
+    stopped = train(SMOKE, tmp_path / "other", stop_after=8, progress=False)
+    assert_same_weights(weights(load_model(tmp_path / "run" / "model-8")), weights(stopped))
+    assert_same_weights(weights(load_model(tmp_path / "run" / "model-20")), weights(final))
+    with pytest.raises(ValueError, match=r"a model can be kept after step 1 to 20, not after \[21\]"):
+        train(SMOKE, tmp_path / "third", keep=(8, 21), progress=False)
+    assert not (tmp_path / "third").exists()
 
 
 def test_used_folder_other_settings_and_damaged_state_are_refused(tmp_path):

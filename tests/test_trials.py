@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from physnb.config import PERTURBATION_KINDS, Guidance, LayerSkip, OtherModel, Perturbation, head_set
 from physnb.data import simulate
-from physnb.objectives import TRAJECTORY, Objective
+from physnb.objectives import OBJECTIVES, TRAJECTORY, Objective
 from physnb.store import TrialStore
 from physnb.subjects import ModelSubject, simulated_subject
 from physnb.trials import first_broken_layer, trial_name
@@ -26,6 +26,20 @@ def store(tmp_path):
 
 
 # --- each row once
+
+
+def test_another_score_of_the_same_judge_needs_no_other_rows(model, store):
+    cases = simulate("uniform", "id", range(3), frames=8, size=16)
+    trials = trials_of(ModelSubject(model, cases, OBJECTIVES["tracking_error"], steps=1), store)
+    whole = trials.scores([Guidance()])
+    missing = trials.judged_by(OBJECTIVES["missing_rate"])
+    assert torch.equal(missing.scores([Guidance()]), trials.scores([Guidance()], name="missing_rate"))
+    guided = missing.scores([GUIDE(head_set("L0H1"))])
+    assert torch.equal(trials.scores([GUIDE(head_set("L0H1"))], name="missing_rate"), guided)
+    assert trials.subject.objective.name == "tracking_error" and torch.equal(trials.scores([Guidance()]), whole)
+    assert len(set(trials.executor.rows)) == len(trials.executor.rows) == 2 * len(trials.cases)
+    with pytest.raises(ValueError, match="these rows are judged by trajectory, not by reward"):
+        trials.judged_by(OBJECTIVES["reward"])
 
 
 def test_rows_are_measured_once(model):

@@ -16,6 +16,7 @@ from physnb.store import TrialStore, read_json
 from physnb.study import HYPOTHESES, PARTS, PLANS, StudyPlan, compare, judge, run_study
 from physnb.study.final import best_setting
 from physnb.study.plan import FORMS, LIKELIHOOD, MIXED, MOTION, OBJECTIVES, PRESENCE
+from physnb.study.reading import agreement_matrices, head_maps, surfaces
 from physnb.study.subject import STORE_FILE
 from physnb.study.verdicts import HOLDS, REFUTED, UNDECIDED
 
@@ -276,3 +277,27 @@ def test_a_rerun_agrees_with_itself_and_a_moved_estimate_is_named(finished):
     assert not rows["maps"]["agrees"] and rows["maps"]["first_outside"] and rows["kinds"]["agrees"]
     with pytest.raises(ValueError, match="no table to compare"):
         compare(tables, {})
+
+
+# --- reading
+
+
+def test_tables_become_maps_matrices_and_surfaces(finished):
+    _, tables = finished
+    maps = head_maps(tables["maps"], MIXED)
+    assert list(maps) == [str(form) for form in FORMS] and all(table.shape == (2, 4) for table in maps.values())
+    row = next(row for row in tables["maps"] if (row["form"], row["objective"], row["head"]) == ("blur", MIXED, "L1H2"))
+    assert float(maps["blur"][1, 2]) == pytest.approx(row["mean"])
+    with pytest.raises(ValueError, match="say nothing of beauty"):
+        head_maps(tables["maps"], "beauty")
+    names, rho, low, high = agreement_matrices(tables["objectives"])
+    assert set(names) == {*OBJECTIVES, LIKELIHOOD, "kernel_distance"} and torch.equal(
+        rho.nan_to_num(), rho.T.nan_to_num()
+    )
+    known = ~rho.isnan()
+    assert bool((low[known] <= high[known]).all()) and bool(rho.diagonal().isnan().all())
+    assert agreement_matrices(tables["objectives"], [MIXED, "reward"])[0] == [MIXED, "reward"]
+    found = surfaces(tables["surface"], MIXED, "interval")
+    assert set(found) == {MOTION, MIXED, PRESENCE, "position_error/restored"} and (0.0, 1.0) in found[MIXED]
+    with pytest.raises(ValueError, match="no interval grid of heads found by luck"):
+        surfaces(tables["surface"], "luck", "interval")

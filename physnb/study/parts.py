@@ -62,7 +62,7 @@ def kinds(study: Study) -> list[dict]:
 def objective_effects(study: Study) -> dict[str, Float[Tensor, "head case"]]:
     """Effects of all heads on the selection cases by every objective, likelihood and the kernel distance among them."""
     found = {name: study.ranking(name).effects for name in OBJECTIVES}
-    found[LIKELIHOOD] = rank_heads(study.by_likelihood, study.guide()).effects
+    found[LIKELIHOOD] = rank_heads(study.by_likelihood, study.guide(), cases=study.map_cases).effects  # the dearest
     return found | dict(kernel_distance=kernel_effects(study))
 
 
@@ -94,7 +94,7 @@ def objectives(study: Study) -> list[dict]:
     rows = []
     for first, second in itertools.combinations(found, 2):
         top = [set(values.nanmean(1).argsort()[:k].tolist()) for values in (found[first], found[second])]
-        same_cases = found[first].shape == found[second].shape  # the kernel distance has groups of them
+        same_cases = found[first].shape == found[second].shape  # likelihood has fewer, the kernel distance has groups
         agreement = rank_agreement(found[first], found[second], paired=same_cases)
         shared = Overlap(len(top[0] & top[1]), k, heads)
         rows.append(dict(first=first, second=second, agreement=agreement.to_dict(), top=shared.to_dict()))

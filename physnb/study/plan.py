@@ -49,10 +49,10 @@ class StudyPlan:
     """Sizes of the study; cases are those of each scenario.
 
     hunt: worlds, split, cases, steps, seed and the weight at which heads are compared. map_cases: for every form but
-    the first, and for the other conditions of transfer; twice as many to compare settings. phenomenon_cases: of each
-    phenomenon, to choose on. repetition_seeds: of whole hunts on other cases and noise. rounds: of HeadHunter, which
-    keeps top_k / rounds in each. draws: of random head sets. few_steps_cases: to compare the hunt's sampling steps with
-    `many_steps`.
+    the first, for likelihood and for the other conditions of transfer; twice as many to compare settings.
+    phenomenon_cases: of each phenomenon, to choose on. repetition_seeds: of whole hunts on other cases and noise.
+    rounds: of HeadHunter, which keeps top_k / rounds in each. draws: of random head sets. few_steps_cases: to compare
+    the hunt's sampling steps with `many_steps`.
     """
 
     hunt: HuntConfig = field(

@@ -129,6 +129,13 @@ def test_a_plain_difference_is_that_of_the_stored_scores(finished):
     assert row[MIXED]["mean"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_unguided_sampling_is_compared_with_the_steps_of_the_hunt(finished):
+    rows = finished[1]["sampling"]
+    assert [(row["split"], row["steps"]) for row in rows] == [(s, n) for s in ("id", "ood") for n in (1, 2)]
+    assert all(row[MIXED]["difference"]["mean"] == 0 for row in rows if row["steps"] == TINY.hunt.steps)
+    assert all(row[MIXED]["difference"]["mean"] != 0 for row in rows if row["steps"] != TINY.hunt.steps)
+
+
 def test_a_killed_study_goes_on_and_ends_with_the_same_tables(models, finished, tmp_path, monkeypatch):
     def killed(study):
         raise KeyboardInterrupt

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from physnb.analysis import attention_maps, object_following
 from physnb.config import Guidance, HeadSet, head_set
-from physnb.confirm import confirm_heads
+from physnb.confirm import arm_values, confirm_heads
 from physnb.contributions import measure_contributions
 from physnb.metrics.features import Trajectory
 from physnb.metrics.frechet import kernel_distance
 from physnb.profiles import cases_by_scenario, first_cases
 from physnb.ranking import rank_heads
 from physnb.search import head_names
-from physnb.statistics import Overlap, bootstrap_mean, rank_agreement
+from physnb.statistics import Overlap, bootstrap_mean, paired_difference, rank_agreement
 from physnb.strength import effects_of, interval_grid, measure_arms, weight_grid
 from physnb.study.plan import FORMS, LIKELIHOOD, MIXED, MOTION, OBJECTIVES, PLACE, PRESENCE
 from physnb.study.subject import MOTION_JUDGE, Study, generate_trial
@@ -239,6 +239,24 @@ def attention(study: Study) -> list[dict]:
         for objective, effect in effects.items():
             correlation = rank_agreement(same, effect, paired=False).to_dict()
             rows.append(dict(head="all", statistic=name, objective=objective, correlation=correlation))
+    return rows
+
+
+def sampling(study: Study) -> list[dict]:
+    """Unguided clips by the number of sampling steps, in and out of distribution: what costs nothing to choose."""
+    plan, rows = study.plan, []
+    for split in ("id", plan.hunt.split):
+        values = {}
+        for count in (*plan.step_counts, plan.hunt.steps):
+            hunt = plan.hunt_with(steps=count, confirmation_cases=plan.inside_cases)
+            values[count] = arm_values(study.trials("confirmation", hunt=hunt, split=split), [Guidance()], None, JUDGED)
+        usual = values[plan.hunt.steps]
+        for count in plan.step_counts:
+            found = {
+                name: bootstrap_mean(value).to_dict() | dict(difference=paired_difference(value, usual[name]).to_dict())
+                for name, value in values[count].items()
+            }
+            rows.append(dict(split=split, steps=count, cases=len(usual[MIXED])) | found)
     return rows
 
 

@@ -52,7 +52,7 @@ class StudyPlan:
     the first, for likelihood and for the other conditions of transfer; twice as many to compare settings.
     phenomenon_cases: of each phenomenon, to choose on. repetition_seeds: of whole hunts on other cases and noise.
     rounds: of HeadHunter, which keeps top_k / rounds in each. draws: of random head sets. few_steps_cases: to compare
-    the hunt's sampling steps with `many_steps`.
+    the hunt's sampling steps with `many_steps`. step_counts: of unguided sampling, a table beside.
     """
 
     hunt: HuntConfig = field(
@@ -72,6 +72,7 @@ class StudyPlan:
     draws: int = 3
     orders: int = 4
     many_steps: int = 20
+    step_counts: tuple[int, ...] = (1, 2, 3, 5, 10, 20)
     few_steps_cases: int = 6
     attention_clips: int = 8
 
@@ -101,7 +102,7 @@ PLANS = {
         ),
         map_cases=2, inside_cases=4, phenomena=("pendulum", "drag"), phenomenon_cases=2, starts=(1,),
         repetition_seeds=(1000, 2000), weights=(1.0, 2.0), strengths=(0.5, 1.0), draws=2, orders=2, many_steps=4,
-        few_steps_cases=2, attention_clips=2,
+        step_counts=(1, 2), few_steps_cases=2, attention_clips=2,
     ),
 }  # fmt: skip
 

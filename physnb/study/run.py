@@ -30,6 +30,7 @@ PARTS = {
     "found_by": parts.found_by,
     "surface": parts.surface,
     "steps": parts.steps,
+    "sampling": parts.sampling,
     "transfer": parts.transfer,
     "contributions": parts.contributions,
     "attention": parts.attention,

@@ -47,6 +47,7 @@ def hunted_sets(study: Study) -> dict[str, HeadSet]:
         ranking = study.ranking(objective)
         found[f"{HUNTED}1 by {name}"] = ranking.top(1)
         found[f"{HUNTED}{k} by {name}"] = ranking.top(k)
+    found[f"{HUNTED}{k} by plain tracking error"] = study.ranking(PLAIN).top(k)
     return found | {f"{HUNTED}{k} by tracking, in rounds": study.rounds(MIXED).heads}
 
 
@@ -56,8 +57,7 @@ def methods(study: Study) -> dict[str, Method]:
     layer = best_layer(study.trials("selection", MOTION), hunt, study.map_cases)
     whole, k = layer_heads(every)[layer], hunt.top_k
     random = random_head_sets(every, k, study.plan.draws, hunt.seed)
-    sets = hunted_sets(study) | {f"{k} by plain tracking error": study.ranking(PLAIN).top(k)}
-    guided = {name: lambda w, heads=heads: (hunt.guidance(heads, w),) for name, heads in sets.items()}
+    guided = {name: lambda w, heads=heads: (hunt.guidance(heads, w),) for name, heads in hunted_sets(study).items()}
     guided |= {
         f"{k} random heads": lambda w: tuple(hunt.guidance(heads, w) for heads in random),
         "all heads": lambda w: (hunt.guidance(every, w),),

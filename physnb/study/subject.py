@@ -11,13 +11,26 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from jaxtyping import Float
+from torch import Tensor
+
 from physnb.checkpoint import fingerprint
 from physnb.config import Guidance, HeadSet, HuntConfig, head_set
 from physnb.data import Clip
 from physnb.model import VideoDiT
-from physnb.objectives import ANSWERS, OBJECTIVES, PHYSICS_IQ, RESTORED, REWARD, TRAJECTORY, Objective, joint_judge
+from physnb.objectives import (
+    ANSWERS,
+    OBJECTIVES,
+    PHYSICS_IQ,
+    RESTORED,
+    REWARD,
+    TRAJECTORY,
+    Judge,
+    Objective,
+    joint_judge,
+)
 from physnb.profiles import first_cases
-from physnb.ranking import HeadRanking, measure_effects, rank_heads
+from physnb.ranking import Guide, HeadRanking, measure_effects, rank_heads
 from physnb.search import Hunt, hunt_heads
 from physnb.store import TrialStore, read_json, write_json
 from physnb.study.plan import FORMS, LIKELIHOOD, MIXED, PRESENCE, Form, StudyPlan
@@ -29,7 +42,7 @@ MOTION_JUDGE = joint_judge(TRAJECTORY, RESTORED)  # of the phenomena, which the 
 STORE_FILE = "trials.sqlite"
 
 
-def scored_by(name: str, judge=JUDGE) -> Objective:
+def scored_by(name: str, judge: Judge = JUDGE) -> Objective:
     """An objective of the package, or the missing rate of restored discs, read from the joint judge."""
     return Objective(name, judge, "share") if name == PRESENCE else replace(OBJECTIVES[name], judge=judge)
 
@@ -69,7 +82,7 @@ class Study:
 
     def trials(
         self, part: str, objective: str = MIXED, *, hunt: HuntConfig | None = None, split: str | None = None,
-        model: VideoDiT | None = None, judge=JUDGE,
+        model: VideoDiT | None = None, judge: Judge = JUDGE,
     ) -> Trials:  # fmt: skip
         """The trials of some cases, decided by an objective; made once, whatever the objective."""
         hunt = hunt or self.plan.hunt
@@ -86,9 +99,9 @@ class Study:
         subject = simulated_subject(self.model, self.plan.hunt, "selection", objective=LIKELIHOOD)
         return Trials(subject, self.store, executor=self.executor, progress=self.progress)
 
-    def guide(self, form: Form = FORMS[0], hunt: HuntConfig | None = None):
+    def guide(self, form: Form = FORMS[0]) -> Guide:
         """The trial of a head set, broken in this form at the hunt's weight and strength."""
-        return replace(hunt or self.plan.hunt, kind=form.kind, axis=form.axis).guidance
+        return self.plan.hunt_with(kind=form.kind, axis=form.axis).guidance
 
     def ranking(self, objective: str, form: Form = FORMS[0]) -> HeadRanking:
         """Every head alone on the selection cases: all of them for the first form, `map_cases` for the others."""
@@ -101,21 +114,23 @@ class Study:
         """Numbers of the first `map_cases` selection cases of each scenario."""
         return first_cases(self.trials("selection"), self.plan.map_cases)
 
+    @property
+    def choice_cases(self) -> list[int]:
+        """Numbers of the selection cases on which sets, weights and intervals are compared."""
+        return first_cases(self.trials("selection"), 2 * self.plan.map_cases)
+
     def rounds(self, objective: str) -> Hunt:
         """HeadHunter in rounds, by an objective."""
         plan = self.plan
         hunt = plan.hunt_with(top_k=plan.hunt.top_k // plan.rounds, rounds=plan.rounds, objective=objective)
         return hunt_heads(self.trials("selection", objective), hunt)
 
-    def effects(self, trials: Trials, heads: Sequence[HeadSet], cases: Sequence[int] | None = None):
+    def effects(
+        self, trials: Trials, heads: Sequence[HeadSet], cases: Sequence[int] | None = None
+    ) -> Float[Tensor, "set case"]:
         """Effect of each head set at the hunt's weight, case by case; negative is better."""
         guidances: list[Guidance] = [self.plan.hunt.guidance(head_set(one)) for one in heads]
         return measure_effects(trials, guidances, cases, label="study")
-
-    @property
-    def choice_cases(self) -> list[int]:
-        """Numbers of the selection cases on which sets, weights and intervals are compared."""
-        return first_cases(self.trials("selection"), 2 * self.plan.map_cases)
 
     def cached(self, name: str, work: Callable[[Study], Any]) -> Any:
         """What `work` makes of this study, once: for what several parts need and the store does not keep."""

@@ -183,7 +183,7 @@ class Plan:
         place_bare = {row: len(inputs) + number for number, row in enumerate(bare)}
         self.before = torch.tensor(inputs + bare)
         self.captions = torch.tensor([True] * len(inputs) + [False] * len(bare))
-        self.conditional = torch.tensor([place[source] for source in self.sources])
+        self.conditional = [place[source] for source in self.sources]
         self.places = {(id(term), term.rows[i]): place_bare[self.sources[term.rows[i]]] for term, i in without_caption}
         self.places |= {(id(term), term.rows[i]): len(self.before) + n for n, (term, i) in enumerate(broken)}
         weak = [None] * len(self.before) + [term.weak[i] for term, i in broken]
@@ -206,7 +206,7 @@ class Plan:
             if any(self.skips):
                 stack.enter_context(skip_layers(self.model, self.skips))
             clean = self.model(**before, fork=self.fork).sample
-        conditional = take_rows(clean, self.conditional.tolist())
+        conditional = take_rows(clean, self.conditional)
         predictions = [conditional]
         for term in self.terms:
             known = [row for row in term.rows if (id(term), row) in self.places]

@@ -130,6 +130,18 @@ def check_pair(generated: Clip, true: Clip, frames_given: int) -> DiscState:
     return true.state
 
 
+def seen_discs(parsed: ParsedDiscs, state: DiscState) -> Bool[Tensor, "batch time disc"]:
+    """Which discs are there: with at least PRESENT_AREA of their true area."""
+    return parsed.areas >= PRESENT_AREA * (torch.pi * state.radii[:, None] ** 2)
+
+
+def inside_from(state: DiscState, first: int) -> Bool[Tensor, "batch time disc"]:
+    """Which true discs are wholly inside the box, from frame `first` on."""
+    inside = state.inside.clone()
+    inside[:, :first] = False
+    return inside
+
+
 def metric_trajectory(
     generated: Clip, true: Clip, *, frames_given: int = 3, mode: str = "clean", restore: float = 1.0
 ) -> dict[str, Scores]:
@@ -162,12 +174,8 @@ def metric_trajectory(
     if mode == "compat":
         return score_as_phyworld(generated.frames, state, frames_given)
     parsed = parse_discs(generated.frames, restore=restore)
-    true_area = torch.pi * state.radii[:, None] ** 2
-    seen = parsed.areas >= PRESENT_AREA * true_area
-    anchored = state.inside.clone()
-    anchored[:, : frames_given - 1] = False
-    judged = anchored.clone()
-    judged[:, frames_given - 1] = False
+    seen = seen_discs(parsed, state)
+    anchored, judged = inside_from(state, frames_given - 1), inside_from(state, frames_given)
 
     offset = parsed.positions - state.positions
     distance = offset.norm(dim=-1)
@@ -204,15 +212,12 @@ def shared_motion(
     state = check_pair(generated, true, frames_given)
     check_pair(other, true, frames_given)
     parsed = [parse_discs(clip.frames, restore=restore) for clip in (generated, other)]
-    least = PRESENT_AREA * torch.pi * state.radii[:, None] ** 2
-    use = state.inside & (parsed[0].areas >= least) & (parsed[1].areas >= least)
-    use[:, : frames_given - 1] = False
-    judged = use.clone()
-    judged[:, frames_given - 1] = False
+    seen = seen_discs(parsed[0], state) & seen_discs(parsed[1], state)
+    anchored, judged = inside_from(state, frames_given - 1), inside_from(state, frames_given)
     offsets = [found.positions - state.positions for found in parsed]
     position, velocity = (
-        tuple(_masked_mean(offset.norm(dim=-1), judged) for offset in offsets),
-        tuple(_fitted_errors(offset, state, use)[0] for offset in offsets),
+        tuple(_masked_mean(offset.norm(dim=-1), judged & seen) for offset in offsets),
+        tuple(_fitted_errors(offset, state, anchored & seen)[0] for offset in offsets),
     )
     return dict(position_error=position, velocity_error=velocity)
 

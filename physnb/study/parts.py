@@ -89,14 +89,13 @@ def kernel_effects(study: Study) -> Float[Tensor, "head group"]:
 
 def objectives(study: Study) -> list[dict]:
     """How far objectives agree on which heads help, pair by pair, and how many of their top k they share."""
-    found, k = study.cached("objective_effects", objective_effects), study.plan.hunt.top_k
-    heads = len(next(iter(found.values())))
+    found, heads = study.cached("objective_effects", objective_effects), study.trials("selection").subject.heads
+    top = {name: top_heads(heads, values, study.plan.hunt.top_k) for name, values in found.items()}
     rows = []
     for first, second in itertools.combinations(found, 2):
-        top = [set(values.nanmean(1).argsort()[:k].tolist()) for values in (found[first], found[second])]
         same_cases = found[first].shape == found[second].shape  # likelihood has fewer, the kernel distance has groups
         agreement = rank_agreement(found[first], found[second], paired=same_cases)
-        shared = Overlap(len(top[0] & top[1]), k, heads)
+        shared = overlap(top[first], top[second], heads)
         rows.append(dict(first=first, second=second, agreement=agreement.to_dict(), top=shared.to_dict()))
     return rows
 
@@ -121,11 +120,16 @@ def top_heads(heads: HeadSet, effects: Float[Tensor, "head case"], k: int) -> He
     return head_set([heads[i] for i in effects.nanmean(1).nan_to_num(nan=torch.inf).argsort()[:k].tolist()])
 
 
+def overlap(first: HeadSet, second: HeadSet, heads: HeadSet) -> Overlap:
+    """What two choices of as many from `heads` share."""
+    return Overlap(len(set(first) & set(second)), len(first), len(heads))
+
+
 def rounds(study: Study) -> list[dict]:
     """HeadHunter in rounds beside the plain top k, by tracking error restored: the heads of each."""
     hunt = study.rounds(MIXED)
     plain = study.ranking(MIXED).order()[: study.plan.hunt.top_k]
-    shared = Overlap(len(set(hunt.picked) & set(plain)), len(plain), len(hunt.ranking.heads))
+    shared = overlap(plain, hunt.picked, hunt.ranking.heads)
     return [dict(objective=MIXED, plain=head_names(plain), rounds=head_names(hunt.picked), shared=shared.to_dict())]
 
 
@@ -173,10 +177,10 @@ def repetitions(study: Study) -> list[dict]:
         }
         for first, second in itertools.combinations(seeds, 2):
             pair = rankings[first], rankings[second]
-            top = [set(ranking.order()[: plan.hunt.top_k]) for ranking in pair]
-            shared = Overlap(len(top[0] & top[1]), plan.hunt.top_k, len(pair[0].heads))
+            top = [ranking.top(plan.hunt.top_k) for ranking in pair]
+            shared = overlap(*top, pair[0].heads)
             agreement = rank_agreement(*(ranking.effects for ranking in pair), paired=False)
-            row = dict(objective=objective, first=first, second=second, both=head_names(sorted(top[0] & top[1])))
+            row = dict(objective=objective, first=first, second=second, both=head_names(sorted({*top[0]} & {*top[1]})))
             rows.append(row | dict(shared=shared.to_dict(), agreement=agreement.to_dict()))
     return rows
 
@@ -268,13 +272,12 @@ def number(value: Tensor) -> float | None:
 def steps(study: Study) -> list[dict]:
     """Does sampling with more steps rank the heads otherwise? The same cases and noise."""
     plan, rows = study.plan, []
-    few = study.trials("selection")
-    cases = first_cases(few, plan.few_steps_cases)
-    long = study.trials("selection", hunt=plan.hunt_with(steps=plan.many_steps, selection_cases=plan.few_steps_cases))
+    cases = first_cases(study.trials("selection"), plan.few_steps_cases)
+    longer = plan.hunt_with(steps=plan.many_steps, selection_cases=plan.few_steps_cases)
     for objective in (MIXED, MOTION):
         found = [
-            rank_heads(trials.judged_by(study.trials("selection", objective).subject.objective), study.guide(), cases=c)
-            for trials, c in ((few, cases), (long, None))
+            rank_heads(study.trials("selection", objective, hunt=hunt), study.guide(), cases=numbers)
+            for hunt, numbers in ((plan.hunt, cases), (longer, None))
         ]
         agreement = rank_agreement(*(ranking.effects for ranking in found))
         row = dict(objective=objective, few=plan.hunt.steps, many=plan.many_steps, cases=len(cases))

@@ -64,10 +64,10 @@ def run_study(
     if (folder / PLAN_FILE).exists():
         require(read_json(folder / PLAN_FILE) == said, f"{folder} holds a study of another plan or other models")
     write_json(folder / PLAN_FILE, said)
-    for name in only or PARTS:
-        if study.table(name) is None:
-            study.write(name, PARTS[name](study))
-    study.store.close()
+    with study.store:
+        for name in only or PARTS:
+            if study.table(name) is None:
+                study.write(name, PARTS[name](study))
     return read_tables(folder)
 
 

@@ -79,8 +79,8 @@ ALLOWED = {  # data and metrics are one module each; `__init__` is what `import 
     "bench_heads": "bench config flow guidance hooks memory model",
     "bench_hunt": "bench config flow generate hooks memory model race ranking subjects trials",
     "standings": "bench config data ladder metrics",
-    "study": "analysis checkpoint config confirm contributions data metrics model objectives profiles ranking search "
-    "statistics store strength subjects transfer trials",
+    "study": "analysis captioning checkpoint config confirm contributions data metrics model objectives profiles "
+    "ranking search statistics store strength subjects transfer trials",
     "commands": "bench bench_data bench_heads bench_hunt checkpoint codec config confirm data evaluate executors "
     "generate metrics plots pretrained ranking runs scaling search space standings store study subjects sweeps "
     "text train trials",

@@ -61,6 +61,13 @@ def finished(models, tmp_path_factory):
 # --- plan
 
 
+def test_a_model_that_cannot_read_a_phenomenon_is_refused_before_anything_is_made(models, tmp_path):
+    wordless = VideoDiT(**asdict(preset("smoke").train.model), vocabulary=("a", "disc")).eval()
+    with pytest.raises(ValueError, match=r"the twin was not trained on collision.*caption word.*--source collision"):
+        run_study(TINY, models[0], tmp_path / "none", twin=wordless, progress=False)
+    assert not (tmp_path / "none").exists()
+
+
 @pytest.mark.parametrize("name", PLANS)
 def test_plans_come_back_from_json(name):
     assert from_json(StudyPlan, to_json(PLANS[name])) == PLANS[name]

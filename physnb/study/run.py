@@ -15,7 +15,7 @@ from physnb.model import VideoDiT
 from physnb.store import prepare_folder, read_json, write_json
 from physnb.study import final, parts
 from physnb.study.plan import StudyPlan
-from physnb.study.subject import Study
+from physnb.study.subject import Study, require_words
 from physnb.trials import Executor
 
 PARTS = {
@@ -53,11 +53,13 @@ def run_study(
 ) -> dict[str, list[dict]]:
     """The tables of the study by part; each is written as it is finished.
 
-    only: these parts (default: all). Raises ValueError for a part that does not exist, a used folder, and on resuming a
-    study of another plan or other models.
+    only: these parts (default: all). Raises ValueError for a part that does not exist, a used folder, a model that
+    cannot read a caption, and on resuming a study of another plan or other models.
     """
     unknown = [name for name in only if name not in PARTS]
     require(not unknown, f"the study has no part {', '.join(unknown)}; its parts are {', '.join(PARTS)}")
+    if "transfer" in (only or PARTS):
+        require_words(plan, model=model, twin=twin)
     folder = prepare_folder(Path(folder), resume=resume)
     study = Study(plan, model, folder, dict(others or {}), twin, executor, progress)
     said = dict(plan=json.loads(to_json(plan)), models=study.identity())

@@ -14,9 +14,10 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from physnb.captioning import captioner_of
 from physnb.checkpoint import fingerprint
 from physnb.config import Guidance, HeadSet, HuntConfig, head_set
-from physnb.data import Clip
+from physnb.data import Clip, simulate
 from physnb.model import VideoDiT
 from physnb.objectives import (
     ANSWERS,
@@ -45,6 +46,18 @@ STORE_FILE = "trials.sqlite"
 def scored_by(name: str, judge: Judge = JUDGE) -> Objective:
     """An objective of the package, or the missing rate of restored discs, read from the joint judge."""
     return Objective(name, judge, "share") if name == PRESENCE else replace(OBJECTIVES[name], judge=judge)
+
+
+def require_words(plan: StudyPlan, **models: VideoDiT | None) -> None:
+    """Raises ValueError where a model cannot read the captions of a world or phenomenon: now, not hours later."""
+    for name, model in models.items():
+        for world in (*plan.hunt.scenarios, *plan.phenomena) if model is not None else ():
+            captioner, shape = captioner_of(model), dict(frames=model.config.frames, size=model.config.size)
+            try:
+                captioner.encode(captioner.write(simulate(world, "id", [0], **shape)))
+            except ValueError as fault:
+                missing = f"the {name} was not trained on {world}, where the study tests heads too ({fault})"
+                raise ValueError(f"{missing}; train it with --source {world} among others") from fault
 
 
 def generate_trial(trials: Trials, guidance: Guidance, cases: Sequence[int] | None = None) -> Clip:

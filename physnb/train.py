@@ -278,8 +278,7 @@ def train(
     FloatingPointError when the loss is not finite or explodes; the last saved state is then kept.
     """
     keep_freed_memory()
-    # Without cpu=True accelerate ignores the launcher on a machine that has no accelerator: every process is alone.
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), log_with=None)
+    accelerator = Accelerator(cpu=without_accelerator(), log_with=None)
     sharded = accelerator.distributed_type == DistributedType.FSDP
     require(not sharded or accelerator.is_fsdp2, "weights are sharded by FSDP2 alone; set fsdp_version to 2")
     folder = Path(folder)
@@ -379,7 +378,12 @@ def check_loss(loss: float, norm: float, state: TrainState, folder: Path) -> Non
 
 def is_main_process() -> bool:
     """Whether this is the only process, or the first of those that `torchrun` or `accelerate launch` started."""
-    return PartialState().is_main_process
+    return PartialState(cpu=without_accelerator()).is_main_process  # whoever asks first decides for all
+
+
+def without_accelerator() -> bool:
+    """What accelerate has to be told, or it ignores the launcher on such a machine: every process is alone."""
+    return not torch.accelerator.is_available()
 
 
 def read_history(folder: str | Path) -> dict[str, tuple[list[int], list[float]]]:

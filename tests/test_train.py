@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import physnb
-from physnb.checkpoint import fingerprint, load_model
+from physnb.checkpoint import fingerprint, load_model, save_model
 from physnb.config import ModelConfig, TextConfig, preset
 from physnb.data import encode_captions
 from physnb.flow import add_noise, velocity_loss
@@ -256,6 +256,18 @@ except ValueError as error:
     average = {k[8:]: v for k, v in read_tensors(tmp_path / "two" / STATE_FILE)[0].items() if k.startswith("average.")}
     for name, value in weights(one).items():
         torch.testing.assert_close(average[name], value, atol=1e-4, rtol=0)
+
+
+def test_the_command_under_torchrun_trains_one_model(tmp_path, start_python):
+    start, out = tmp_path / "start", tmp_path / "out"
+    save_model(train(settings(steps=1), tmp_path / "first", progress=False), start)
+    command = ["physnb", "train", "--preset", "smoke", "--steps", "2", "--cases", "1"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "--"]
+    process = start_python(*launch, *command, "--start", str(start), "--out", str(out))
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert output.count("steps: 2") == 1, output  # one of them speaks
+    assert (out / "model" / "result.json").exists()
 
 
 # --- what goes wrong

@@ -350,6 +350,16 @@ def _preset(model: dict, train: dict, hunt: dict) -> Preset:
 
 
 FINE_WEIGHTS = (1.0, 1.0, 2.0, *[1 / 6] * len(PHENOMENA))  # collisions are the hardest
+FINE_SHAPE = dict(frames=16, size=64, patch=(2, 16, 16), width=128, depth=6, heads=8)
+FINE_HUNT = dict(selection_cases=64, confirmation_cases=256)
+POLISHING = dict(  # a learning rate that goes to nothing, from weights that --start names
+    sources=SIMULATED,
+    learning_rate=1e-3,
+    matrix_learning_rate=3e-3,
+    warmup_steps=100,
+    decay_fraction=1.0,
+    ema_decay=0.998,
+)
 
 # What each preset reached is in the README, with the command that measured it.
 PRESETS: dict[str, Preset] = {
@@ -390,7 +400,7 @@ PRESETS: dict[str, Preset] = {
     ),
     # two hours on 2 cores, from the weights of "refine" (--start): finer pixels, the phenomena beside the worlds
     "fine": _preset(
-        dict(frames=16, size=64, patch=(2, 16, 16), width=128, depth=6, heads=8),
+        FINE_SHAPE,
         dict(
             sources=SIMULATED,
             source_weights=FINE_WEIGHTS,
@@ -403,24 +413,19 @@ PRESETS: dict[str, Preset] = {
             noise_shift=16.0,
             seed=2,
         ),
-        dict(selection_cases=64, confirmation_cases=256),
+        FINE_HUNT,
     ),
-    # an hour more, from the weights that "fine" has after 11,000 steps (--keep 11000), at higher noise
+    # an hour more on one core, from the weights that "fine" has after 11,000 steps (--keep 11000), at higher noise
     "polish": _preset(
-        dict(frames=16, size=64, patch=(2, 16, 16), width=128, depth=6, heads=8),
-        dict(
-            sources=SIMULATED,
-            source_weights=(1.0, 1.0, 2.0, *[0.1] * len(PHENOMENA)),
-            steps=6000,
-            batch=16,
-            learning_rate=1e-3,
-            matrix_learning_rate=3e-3,
-            warmup_steps=100,
-            decay_fraction=1.0,
-            ema_decay=0.998,
-            seed=3,
-        ),
-        dict(selection_cases=64, confirmation_cases=256),
+        FINE_SHAPE,
+        POLISHING | dict(source_weights=(1.0, 1.0, 2.0, *[0.1] * len(PHENOMENA)), steps=6000, batch=16, seed=3),
+        FINE_HUNT,
+    ),
+    # and more on two cores (torchrun --nproc_per_node=2), from the weights of "polish": collisions above all
+    "collide": _preset(
+        FINE_SHAPE,
+        POLISHING | dict(source_weights=(1.0, 1.0, 4.0, *[0.1] * len(PHENOMENA)), steps=8000, batch=32, seed=4),
+        FINE_HUNT,
     ),
     # minutes: the small model that AutoGuidance steers "fine" away from
     "small": _preset(

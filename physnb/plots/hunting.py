@@ -36,7 +36,7 @@ def plot_ranking(names: Sequence[str], means, lows, highs, chosen: int, label: s
     """Every head's effect with its interval, most helpful first; the first `chosen` are highlighted."""
     figure, axes = new_figure(max(6, 0.2 * len(names)), 3.2)
     axis, places = axes[0, 0], np.arange(len(names))
-    colours = [METHOD_COLOURS["hunted heads"] if i < chosen else METHOD_COLOURS["unguided"] for i in places]
+    colours = [METHOD_COLOURS["hunted"] if i < chosen else METHOD_COLOURS["unguided"] for i in places]
     axis.axhline(0, color="black", linewidth=0.8)
     axis.vlines(places, lows, highs, color=colours, linewidth=1.5)
     axis.scatter(places, means, color=colours, s=14, zorder=3)
@@ -55,7 +55,7 @@ def plot_promises(rows: Sequence[Mapping], label: str) -> Figure:
     axis, places = axes[0, 0], np.arange(len(rows))
     axis.axhline(0, color="black", linewidth=0.8)
     sides = (("promised", "selection cases", -0.12, METHOD_COLOURS["unguided"]),)
-    sides += (("fresh", "fresh cases", 0.12, METHOD_COLOURS["hunted heads"]),)
+    sides += (("fresh", "fresh cases", 0.12, METHOD_COLOURS["hunted"]),)
     for name, text, shift, colour in sides:
         for place, row in zip(places, rows, strict=True):
             axis.vlines(place + shift, row[name]["low"], row[name]["high"], color=colour, linewidth=2)

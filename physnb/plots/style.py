@@ -22,12 +22,13 @@ METHOD_COLOURS = {
     "true": "black",
     "unguided": PALETTE[7],
     "CFG": PALETTE[1],
-    "random heads": PALETTE[4],
+    "random": PALETTE[4],
     "all heads": PALETTE[3],
     "best layer": PALETTE[2],
+    "PAG": PALETTE[2],
     "SEG": PALETTE[9],
     "AutoGuidance": PALETTE[5],
-    "hunted heads": PALETTE[0],
+    "hunted": PALETTE[0],
 }
 
 EFFECT_COLOURS = "PuOr"  # diverging, safe for colour-blind readers; purple is harm, orange is help
@@ -40,7 +41,7 @@ matplotlib.rcParams.update(
 
 
 def method_colour(name: str):
-    """The colour of a method everywhere: `8 hunted heads` has that of `hunted heads`, `SEG, L3` that of `SEG`."""
+    """The colour of a method everywhere: `8 hunted heads` has that of `hunted`, `SEG, L3` that of `SEG`."""
     return next((colour for method, colour in METHOD_COLOURS.items() if method in name), PALETTE[6])
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import nn
 
+from physnb import linear
 from physnb.config import ModelConfig, preset, require
 from physnb.data import VOCABULARY, WORLD_SIZE, simulate
 from physnb.memory import keep_freed_memory
@@ -127,19 +129,21 @@ def matmul_flops_per_sample(config: ModelConfig) -> float:
 
 def measured_matmul_rate(size: int = 1024, seconds: float = 0.4) -> float:
     """Floating-point operations per second of a square fp32 matrix product on this machine, right now."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    out, count, start = torch.empty(size, size), 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        torch.mm(a, b, out=out)
-        count += 1
+    layer, x = linear.Linear(size, size), torch.randn(size, size)
+    count, start = 0, time.perf_counter()
+    with torch.no_grad():
+        while time.perf_counter() - start < seconds:
+            layer(x)
+            count += 1
     return 2 * size**3 * count / (time.perf_counter() - start)
 
 
 def bench_training(preset_name: str = "quick", rounds: int = 7, steps: int = 3) -> dict[str, Any]:
     """Training samples per second, data included, of VideoDiT against Wan; and the share of the fp32 matrix rate.
 
-    Both learn from the same batches with the same loss and optimiser. matmul_fraction: matrix operations of our step
-    over its time, against a 1024 x 1024 fp32 product timed in the same turn.
+    All learn from the same batches with the same loss and optimiser. linear_ratio: against ourselves with linear layers
+    by torch instead of `physnb.linear`. matmul_fraction: matrix operations of our step over its time, against a 1024 x
+    1024 fp32 product timed in the same turn, by what our layers use.
     """
     require(rounds > 0 and steps > 0, f"rounds and steps must be positive, got {rounds} and {steps}")
     keep_freed_memory()
@@ -147,24 +151,27 @@ def bench_training(preset_name: str = "quick", rounds: int = 7, steps: int = 3) 
     torch.manual_seed(0)
     models = {
         "ours": VideoDiT(**asdict(config.model), vocabulary=VOCABULARY),
+        "by torch": VideoDiT(**asdict(config.model), vocabulary=VOCABULARY),
         "wan": WanBaseline(config.model),
     }
     optimizers = {name: torch.optim.AdamW(m.parameters(), lr=1e-4, fused=True) for name, m in models.items()}
 
     def step(name: str, number: int) -> None:
         batch = make_batch(config, np.arange(number * config.batch, (number + 1) * config.batch))
-        batch_loss(models[name], batch, config).backward()
+        with linear.by_torch() if name == "by torch" else nullcontext():
+            batch_loss(models[name], batch, config).backward()
         optimizers[name].step()
         optimizers[name].zero_grad()
 
-    rates: dict[str, list[float]] = {"ours": [], "wan": []}
+    rates: dict[str, list[float]] = {name: [] for name in models}
     matmul = []
     for turn in range(rounds + 1):
         for name in models:
             numbers = iter(range(turn * steps, (turn + 1) * steps))
             rates[name].append(config.batch / seconds_of(lambda n=name, i=numbers: step(n, next(i)), steps))
         matmul.append(measured_matmul_rate())
-    ours, wan, matmul = rates["ours"][1:], rates["wan"][1:], matmul[1:]  # the first turn warms up
+    ours, by_torch, wan = (rate[1:] for rate in rates.values())  # the first turn warms up
+    matmul = matmul[1:]
     flops = matmul_flops_per_sample(config.model)
     return dict(
         benchmark="train",
@@ -173,6 +180,7 @@ def bench_training(preset_name: str = "quick", rounds: int = 7, steps: int = 3) 
         samples_per_second=spread(ours),
         baseline_samples_per_second=spread(wan),
         ratio=spread([a / b for a, b in zip(ours, wan, strict=True)]),
+        linear_ratio=spread([a / b for a, b in zip(ours, by_torch, strict=True)]),
         matmul_gflops=spread([rate / 1e9 for rate in matmul]),
         matmul_fraction=spread([r * flops / m for r, m in zip(ours, matmul, strict=True)]),
     )

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from physnb.config import ModelConfig, TextConfig
+from physnb.linear import Linear
 
 LEVEL_FEATURES = 64  # sine features of the noise level
 LEVEL_FREQUENCY = 10.0  # of the fastest; faster ones tell neighbouring levels apart and only add noise
@@ -87,9 +88,9 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.query_key = nn.Linear(width, 2 * width)
-        self.value = nn.Linear(width, width)
-        self.out = nn.Linear(width, width)
+        self.query_key = Linear(width, 2 * width)
+        self.value = Linear(width, width)
+        self.out = Linear(width, width)
         self.processor = SelfAttentionProcessor()
 
     def forward(self, x: Float[Tensor, "batch token width"], rotary: Float[Tensor, "token pair 2"]) -> Tensor:
@@ -105,8 +106,8 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.attn = SelfAttention(width, heads)
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
-        self.modulation = nn.Linear(width, 6 * width)
+        self.mlp = nn.Sequential(Linear(width, hidden), nn.GELU(), Linear(hidden, width))
+        self.modulation = Linear(width, 6 * width)
 
     def forward(self, x: Tensor, condition: Float[Tensor, "batch width"], rotary: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition)[:, None].chunk(6, dim=-1)
@@ -163,17 +164,17 @@ class VideoDiT(ModelMixin, ConfigMixin):
         patch_t, patch_h, patch_w = self.patch = tuple(patch)
         self.grid = (frames // patch_t, size // patch_h, size // patch_w)  # tokens along time, height, width
         patch_size = patch_t * patch_h * patch_w
-        self.embed = nn.Linear((2 * channels + 1) * patch_size, width)
+        self.embed = Linear((2 * channels + 1) * patch_size, width)
         self.places = nn.Parameter(0.1 * sine_places(self.grid, width))
-        self.level = nn.Sequential(nn.Linear(LEVEL_FEATURES, width), nn.SiLU(), nn.Linear(width, width))
+        self.level = nn.Sequential(Linear(LEVEL_FEATURES, width), nn.SiLU(), Linear(width, width))
         reading = TextConfig(**(text or {}))
         # Word 0: no caption. A pretrained encoder's embeddings of whole captions are only projected.
-        self.words = nn.Linear(reading.width, width) if reading.encoder else nn.Embedding(len(vocabulary) + 1, width)
+        self.words = Linear(reading.width, width) if reading.encoder else nn.Embedding(len(vocabulary) + 1, width)
         self.reader = CaptionReader(width, heads, reading.layers) if reading.layers else None
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.modulation = nn.Linear(width, 2 * width)
-        self.head = nn.Linear(width, channels * patch_size)
+        self.modulation = Linear(width, 2 * width)
+        self.head = Linear(width, channels * patch_size)
         self.register_buffer("rotary", rotary_table(self.grid, width // heads), persistent=False)
         self._initialise()
 

@@ -66,7 +66,8 @@ def test_hunt_guides_away_from_its_own_perturbation():
 
 def test_unknown_preset_names_the_known_ones():
     with pytest.raises(
-        ValueError, match="unknown preset 'tiny'; choose one of smoke, quick, full, refine, fine, polish, collide, small"
+        ValueError,
+        match="unknown preset 'tiny'; choose one of smoke, quick, full, refine, fine, polish, collide, small",
     ):
         preset("tiny")
 

@@ -492,8 +492,9 @@ class Memory(threading.Thread):
             self.own.append(psutil.Process().memory_info().rss / 2**20)
             sizes = [0.0]
             for child in psutil.Process().children():
-                with suppress(psutil.NoSuchProcess):
-                    sizes.append(child.memory_info().rss / 2**20)
+                with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+                    if child.cmdline() != psutil.Process().cmdline():  # between fork and exec it is a copy of this one
+                        sizes.append(child.memory_info().rss / 2**20)
             self.children.append(max(sizes))
 
 

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -72,7 +71,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Float[Tensor, "*batch channel"]) -> Float[Tensor, "*batch feature"]:
         if not takes(x, self.weight):
-            return F.linear(x, self.weight, self.bias)
+            return super().forward(x)
         if torch.is_grad_enabled():
             return _Linear.apply(x, self.weight, self.bias)
         return product(x, self.weight, self.bias)

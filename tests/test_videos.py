@@ -492,7 +492,7 @@ class Memory(threading.Thread):
             self.own.append(psutil.Process().memory_info().rss / 2**20)
             sizes = [0.0]
             for child in psutil.Process().children():
-                with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+                with suppress(psutil.NoSuchProcess):
                     if child.cmdline() != psutil.Process().cmdline():  # between fork and exec it is a copy of this one
                         sizes.append(child.memory_info().rss / 2**20)
             self.children.append(max(sizes))

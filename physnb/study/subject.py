@@ -51,8 +51,10 @@ def scored_by(name: str, judge: Judge = JUDGE) -> Objective:
 def require_words(plan: StudyPlan, **models: VideoDiT | None) -> None:
     """Raises ValueError where a model cannot read the captions of a world or phenomenon: now, not hours later."""
     for name, model in models.items():
-        for world in (*plan.hunt.scenarios, *plan.phenomena) if model is not None else ():
-            captioner, shape = captioner_of(model), dict(frames=model.config.frames, size=model.config.size)
+        if model is None:
+            continue
+        captioner, shape = captioner_of(model), dict(frames=model.config.frames, size=model.config.size)
+        for world in (*plan.hunt.scenarios, *plan.phenomena):
             try:
                 captioner.encode(captioner.write(simulate(world, "id", [0], **shape)))
             except ValueError as fault:

@@ -4,8 +4,9 @@ BIN := .venv/bin
 PRESET ?= quick
 ANALYSIS_CASES ?= 6
 ARM_STEPS ?= 150
+FINE := outputs/reference/fine
 
-.PHONY: run test lab bench check
+.PHONY: run test lab bench check reproduce
 
 run: .venv/installed ## all numbered notebooks at PRESET, and outputs/<run>/report.html
 	$(BIN)/python -m physnb run --preset $(PRESET) -p analysis_cases=$(ANALYSIS_CASES) -p train_steps=$(ARM_STEPS)
@@ -19,6 +20,10 @@ lab: .venv/installed ## JupyterLab at the first notebook
 bench: .venv/installed ## simulator and training step against what one would use instead
 	$(BIN)/python -m physnb bench sim
 	$(BIN)/python -m physnb bench train
+
+reproduce: .venv/extras ## the study of notebook 08 again: do its tables lie within the committed intervals? --resume inside
+	$(BIN)/python -m physnb study --model $(FINE)/model --weaker $(FINE)/earlier --weaker $(FINE)/small \
+	  --twin $(FINE)/twin --out outputs/reproduce --resume --against outputs/reference/study --executor ray
 
 check: .venv/installed ## lint alone
 	PATH="$(CURDIR)/$(BIN):$$PATH" tests/check.sh lint

@@ -126,6 +126,7 @@ def arm_values(
     metrics: Iterable[str] = METRIC_UNITS,
 ) -> dict[str, Float[Tensor, " case"]]:
     """Those of `metrics` that the subject's judge gives, and its objective: means over the guidances by case."""
+    trials.scores(guidances, cases, label="confirm")  # first: what the judge gives is known from rows
     names = [name for name in metrics if name in trials.score_names()]
     names = dict.fromkeys([*names, trials.subject.objective.name])
     return {name: trials.scores(guidances, cases, name=name, label="confirm").nanmean(0) for name in names}

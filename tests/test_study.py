@@ -138,6 +138,7 @@ def test_a_plain_difference_is_that_of_the_stored_scores(finished):
 
 def test_unguided_sampling_is_compared_with_the_steps_of_the_hunt(finished):
     rows = finished[1]["sampling"]
+    assert all({MOTION, MIXED, PRESENCE} <= set(row) for row in rows), "every step count is judged by every score"
     assert [(row["split"], row["steps"]) for row in rows] == [(s, n) for s in ("id", "ood") for n in (1, 2)]
     assert all(row[MIXED]["difference"]["mean"] == 0 for row in rows if row["steps"] == TINY.hunt.steps)
     assert all(row[MIXED]["difference"]["mean"] != 0 for row in rows if row["steps"] != TINY.hunt.steps)

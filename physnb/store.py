@@ -9,6 +9,7 @@ import os
 import shutil
 import sqlite3
 import tempfile
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -121,6 +122,9 @@ def prepare_folder(path: Path, *, resume: bool = False) -> Path:
     return path
 
 
+TIMEOUT_S = 60.0  # how long a process waits for others that write to the same database
+
+
 class Database:
     """A SQLite file of one kind and schema version, safe to kill and open to several processes at once.
 
@@ -136,11 +140,13 @@ class Database:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._named():
-            self.connection = sqlite3.connect(self.path, timeout=60)
+            self.connection = sqlite3.connect(self.path, timeout=TIMEOUT_S)
         try:
             with self._named():
+                self.connection.execute("BEGIN")  # both reads of one moment: another process may be making the tables
                 version = self.connection.execute("PRAGMA user_version").fetchone()[0]
                 found = {name for (name,) in self.connection.execute("SELECT name FROM sqlite_master")}
+                self.connection.rollback()
                 found = {name for name in found if not name.startswith("sqlite_")}
                 # tables and version are made together, so tables without a version are not ours
                 ours = found <= self.tables and (version != 0 or not found)
@@ -149,13 +155,26 @@ class Database:
                     version in (0, self.version),
                     f"{self.path} has schema version {version}, not {self.version}; choose another file",
                 )
-                self.connection.execute("PRAGMA journal_mode=WAL")
+                self._log_ahead()
                 if version == 0:
                     stamp = f"PRAGMA user_version={self.version};"
                     self.connection.executescript(f"BEGIN IMMEDIATE;{self.schema}{stamp}COMMIT;")
         except BaseException:
             self.connection.close()
             raise
+
+    def _log_ahead(self) -> None:
+        """Switch to the write-ahead log. SQLite refuses that at once while another process does it, so ask again."""
+        give_up = time.monotonic() + TIMEOUT_S
+        while True:
+            try:
+                self.connection.execute("PRAGMA journal_mode=WAL")
+                return
+            except sqlite3.OperationalError as error:
+                kind = error.sqlite_errorcode & 0xFF  # without what the extended code adds
+                if kind != sqlite3.SQLITE_BUSY or time.monotonic() > give_up:
+                    raise
+                time.sleep(0.01)
 
     @contextmanager
     def _named(self) -> Iterator[None]:

@@ -267,13 +267,15 @@ def test_writers_at_once_of_which_one_is_killed_lose_nothing_and_write_nothing_t
         for writer, pipe in enumerate(pipes)
     ]
     try:
-        for process in processes:  # both make the file
+        for process, (_, sender) in zip(processes, pipes, strict=True):  # both make the file
             process.start()
+            sender.close()  # so that a writer that dies ends the wait
         done = [[reader.recv() for _ in range(10)][-1] for reader, _ in pipes]
         processes[0].kill()
         processes[0].join()
-        while pipes[0][0].poll():
-            done[0] = pipes[0][0].recv()
+        with contextlib.suppress(EOFError):
+            while True:
+                done[0] = pipes[0][0].recv()
         done[1] = [pipes[1][0].recv() for _ in range(10)][-1]  # the other goes on
     finally:
         for process in processes:
@@ -290,6 +292,30 @@ def test_writers_at_once_of_which_one_is_killed_lose_nothing_and_write_nothing_t
         counts = store.connection.execute("SELECT COUNT(*) FROM scores GROUP BY trial").fetchall()
         assert set(counts) == {(len(CASES),)}  # no trial half written, no row twice
         assert store.connection.execute("SELECT COUNT(*) FROM trials").fetchone()[0] == len(counts)
+
+
+def open_at_once(paths, barrier, said):
+    """Open each of some new stores when all others do."""
+    try:
+        for path in paths:
+            barrier.wait(60)
+            TrialStore(path).close()
+        said.put("opened")
+    except Exception as error:
+        barrier.abort()
+        said.put(repr(error))
+
+
+def test_a_new_store_may_be_opened_by_several_processes_at_once(tmp_path):
+    spawn, count = multiprocessing.get_context("spawn"), 3
+    barrier, said = spawn.Barrier(count), spawn.SimpleQueue()
+    arguments = ([tmp_path / f"{turn}.sqlite" for turn in range(100)], barrier, said)
+    processes = [spawn.Process(target=open_at_once, args=arguments, daemon=True) for _ in range(count)]
+    for process in processes:
+        process.start()
+    assert [said.get() for _ in processes] == ["opened"] * count
+    for process in processes:
+        process.join()
 
 
 def test_trial_store_of_the_first_version_is_refused_and_kept(tmp_path):

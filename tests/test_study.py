@@ -5,20 +5,30 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from physnb.config import HuntConfig, from_json, preset, to_json
+from physnb.config import Guidance, HuntConfig, from_json, head_set, preset, to_json
 from physnb.confirm import ArmResult
 from physnb.data import simulate
 from physnb.data.catalogue import open_source, words_of_sources
 from physnb.metrics import metric_trajectory
-from physnb.metrics.trajectory import RESTORE, shared_motion
+from physnb.metrics.trajectory import RESTORE, shared_motion, training_pull
 from physnb.model import VideoDiT
 from physnb.store import TrialStore, read_json
 from physnb.study import HYPOTHESES, PARTS, PLANS, StudyPlan, compare, judge, run_study
 from physnb.study.final import best_setting
-from physnb.study.plan import FORMS, LIKELIHOOD, MIXED, MOTION, OBJECTIVES, PRESENCE
+from physnb.study.plan import (
+    FORMS,
+    INTERVALS,
+    LIKELIHOOD,
+    MIXED,
+    MOTION,
+    OBJECTIVES,
+    PRESENCE,
+    SECOND_WEIGHTS,
+)
 from physnb.study.reading import agreement_matrices, head_maps, surfaces
-from physnb.study.subject import STORE_FILE
+from physnb.study.subject import STORE_FILE, Study
 from physnb.study.verdicts import HOLDS, REFUTED, UNDECIDED
+from physnb.study.wider import broken, second_trials, settings_of
 
 # One world, one phenomenon: every part in half a minute.
 TINY = dataclasses.replace(
@@ -136,6 +146,45 @@ def test_a_plain_difference_is_that_of_the_stored_scores(finished):
     assert row[MIXED]["mean"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_the_second_study_has_every_role_once_on_cases_of_its_own(finished):
+    _, tables = finished
+    wanted = ["best set", "best control", "random", "one step", "first best set"]
+    for part, cases in (("wider", 8), ("wider_id", 4)):
+        rows = tables[part]
+        assert sorted(row["role"] for row in rows if row["role"]) == sorted(wanted)
+        best = next(row for row in rows if row["role"] == "best set")
+        others = {row["method"] for row in rows if row["role"] not in ("", "best set")}
+        assert {name.removeprefix("against ") for name in best if name.startswith("against ")} == others
+        assert all(row[PRESENCE]["cases"] == cases for row in rows)
+        for row in rows:
+            if row["role"]:  # a difference is to unguided clips of the usual steps, whatever the method's own
+                unguided = next(r for r in rows if r["method"] == "unguided")
+                change = row[MIXED]["mean"] - unguided[MIXED]["mean"]
+                assert row[MIXED]["difference"]["mean"] == pytest.approx(change, abs=1e-5)
+    assert tables["pull"][0]["role"] == "unguided"
+    assert sorted(row["role"] for row in tables["pull"]) == sorted([*wanted, "unguided"])
+
+
+def test_the_cases_of_the_second_study_are_of_no_other_part(models, tmp_path):
+    study = Study(TINY, models[0], tmp_path, {})
+    first = [study.trials(part).subject.case_names for part in ("selection", "confirmation")]
+    second = [second_trials(study, part, TINY.hunt.steps).subject.case_names for part in ("selection", "confirmation")]
+    names = [name for part in (*first, *second) for name in part]
+    assert len(set(names)) == len(names) == 4 + 4 + 8 + 8
+
+
+def test_every_setting_of_a_method_is_looked_at_once(models, tmp_path):
+    study = Study(TINY, models[0], tmp_path, {})
+    heads = broken(head_set("L0H1"), FORMS[0])
+    found = settings_of(study, heads)
+    assert len(found) == len(SECOND_WEIGHTS) * (len(INTERVALS) + 1) == len(set(found.values()))
+    assert str(next(iter(found))) == "w = 1, u = 1, all steps"
+    assert [str(setting) for setting in found][-1] == "w = 8, u = 1, one step"
+    weak = dataclasses.replace(TINY, strengths=(0.5, 1.0))
+    text = settings_of(Study(weak, models[0], tmp_path, {}), lambda w, u: (Guidance(text_weight=w),))
+    assert len(text) == len(found), "a method without strength has none to choose"
+
+
 def test_unguided_sampling_is_compared_with_the_steps_of_the_hunt(finished):
     rows = finished[1]["sampling"]
     assert all({MOTION, MIXED, PRESENCE} <= set(row) for row in rows), "every step count is judged by every score"
@@ -203,6 +252,26 @@ def test_shared_motion_judges_both_clips_on_the_frames_that_show_the_disc_in_bot
     assert all(values.isnan().all() for pair in shared_motion(blank, other, true).values() for values in pair)
 
 
+# --- pull
+
+
+@pytest.mark.parametrize("world", ["uniform", "collision"])
+def test_true_clips_are_not_pulled_and_frozen_ones_are_by_their_whole_speed(world):
+    true = simulate(world, "ood", range(24), frames=16, size=64)
+    start = true.state.velocities[:, 0, :, 0].abs()
+    sides = dict(slow=start < 1, fast=start > 4)
+    for name, pulled in training_pull(true, true).items():
+        known = ~pulled.isnan()
+        assert known.any() and not (known & ~sides[name].any(1)).any()
+        assert pulled[known].abs().max() < 0.08, name  # few frames before an impact
+    frozen = dataclasses.replace(true, frames=true.frames[:, 2:3].expand_as(true.frames).contiguous())
+    for name, sign in (("slow", -1), ("fast", 1)):
+        pulled = training_pull(frozen, true)[name]
+        chosen = start.where(sides[name], torch.nan)
+        alone = (sides[name].sum(1) == 1) & ~pulled.isnan()  # a mean of two may judge only one of them
+        assert alone.any() and torch.allclose(pulled[alone], sign * chosen.nanmean(1)[alone], atol=0.05), name
+
+
 # --- verdicts
 
 
@@ -261,6 +330,25 @@ def test_presence_first_is_refuted_by_motion_that_improves():
     assert of(estimate(0.0, -0.04, 0.04)) == HOLDS
     assert of(estimate(-0.1, -0.2, -0.01)) == REFUTED
     assert of(estimate(0.1, -0.1, 0.3)) == UNDECIDED
+
+
+@pytest.mark.parametrize(
+    ("unguided", "change", "verdict"),
+    [
+        ((0.3, 0.2, 0.4), (-0.1, -0.2, -0.05), HOLDS),
+        ((0.3, 0.2, 0.4), (-0.1, -0.2, 0.05), UNDECIDED),
+        ((0.3, 0.2, 0.4), (0.1, 0.05, 0.2), REFUTED),
+        ((-0.3, -0.4, -0.2), (-0.1, -0.2, -0.05), REFUTED),
+    ],
+)
+def test_pull_holds_only_for_slow_and_fast_discs_alike(unguided, change, verdict):
+    clear = estimate(0.5, 0.4, 0.6), estimate(-0.2, -0.3, -0.1)
+    for mine, other in (("slow", "fast"), ("fast", "slow")):
+        rows = [
+            {"role": "unguided", mine: estimate(*unguided), other: clear[0]},
+            {"role": "best set", mine: dict(difference=estimate(*change)), other: dict(difference=clear[1])},
+        ]
+        assert verdict_of("pull", pull=rows) == verdict
 
 
 def test_hunts_repeat_only_if_every_pair_does():

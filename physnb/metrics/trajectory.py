@@ -18,7 +18,7 @@ from torch import Tensor
 
 from physnb.config import choose, require
 from physnb.data import FRAME_STEP_S, WORLD_SIZE, Clip, DiscState
-from physnb.data.worlds import frame_times
+from physnb.data.worlds import SPEED, frame_times
 from physnb.metrics.scores import Scores, scores
 from physnb.metrics.trajectory_compat import CHUNK_PIXELS, score_as_phyworld, skipped_by_phyworld
 from physnb.statistics import Estimate, bootstrap_mean
@@ -220,6 +220,30 @@ def shared_motion(
         tuple(_fitted_errors(offset, state, anchored & seen)[0] for offset in offsets),
     )
     return dict(position_error=position, velocity_error=velocity)
+
+
+def training_pull(
+    generated: Clip, true: Clip, *, frames_given: int = 3, restore: float = RESTORE
+) -> dict[str, Float[Tensor, " batch"]]:
+    """How far the speeds of discs that start slower or faster than any of training are pulled toward those (units/s).
+
+    "slow": fitted minus true horizontal speed of discs below the training range, "fast": true minus fitted of those
+    above; before impact, mean over the discs of a clip, NaN where it has none or shows none in MIN_FIT_FRAMES frames.
+    0 is the true motion, above 0 is toward the training range, as case-based generalisation would have it (Kang et al.
+    2024, section 5), below 0 away from it. Horizontal, for all three worlds start so.
+    Raises ValueError as `metric_trajectory` does. Leaves out falling, and all after an impact.
+    """
+    state = check_pair(generated, true, frames_given)
+    parsed = parse_discs(generated.frames, restore=restore)
+    times = torch.from_numpy(frame_times(true.frames.shape[1])).float()
+    before = times[:, None] < state.impact_time_s.nan_to_num(torch.inf)[:, None, None]
+    use = inside_from(state, frames_given - 1) & seen_discs(parsed, state) & before
+    start = state.velocities[:, 0, :, 0]
+    slope = fitted_slope(times, parsed.positions - state.positions, use)[..., 0]
+    faster = torch.where(start < 0, -slope, slope)
+    slow, fast = start.abs() < SPEED.inner[0], start.abs() > SPEED.inner[1]
+    judged = ~faster.isnan()
+    return dict(slow=_masked_mean(faster, slow & judged), fast=_masked_mean(-faster, fast & judged))
 
 
 def _fitted_errors(

@@ -110,7 +110,7 @@ def choose_settings(study: Study) -> list[Chosen]:
     return found
 
 
-def best_setting(arms: Mapping[tuple[float, str], ArmResult]) -> tuple[float, str]:
+def best_setting(arms: Mapping[Key, ArmResult]) -> Key:
     """The setting with the lowest velocity error among those that lose no discs; if all do, that with fewest lost."""
     lost = {setting: arm.difference(PRESENCE).mean for setting, arm in arms.items()}
     allowed = [setting for setting in arms if lost[setting] <= LOSS_MARGIN] or [min(lost, key=lost.get)]
@@ -127,42 +127,57 @@ def arms_of(study: Study) -> tuple[dict[str, Draws], list[Chosen], str, str]:
     chosen = study.cached("chosen", choose_settings)
     best, control = best_of(chosen, hunted=True), best_of(chosen, hunted=False)
     arms = {"unguided": (Guidance(),)} | {c.name: c.draws for c in chosen}
-    (weight, weak), interval = best.draws[0].weak[0], best.draws[0]
-    every, count = study.trials("selection").subject.heads, len(weak.heads)
-    random = random_head_sets(every, count, study.plan.draws, study.plan.hunt.seed + 1)
-    arms[f"{count} random, as best"] = tuple(
-        replace(interval, weak=((weight, replace(weak, heads=heads)),)) for heads in random
-    )
+    random = random_as(study, best.draws[0], study.plan.hunt.seed + 1)
+    arms[f"{len(random[0].weak[0][1].heads)} random, as best"] = random
     return arms, chosen, best.name, control.name
 
 
-def judge_arms(study: Study, trials: Trials) -> list[dict]:
-    """One row a method on all cases of `trials`; the best set also against random heads and the best control.
+def random_as(study: Study, best: Guidance, seed: int) -> Draws:
+    """Guidance away from as many heads as `best` breaks, in its form and at its setting, but drawn at random."""
+    ((weight, weak),) = best.weak
+    every = study.trials("selection").subject.heads
+    draws = random_head_sets(every, len(weak.heads), study.plan.draws, seed)
+    return tuple(replace(best, weak=((weight, replace(weak, heads=heads)),)) for heads in draws)
 
-    relative: difference to unguided as a share of the unguided error. shared: of these three, both errors on the frames
-    where the guided clip and the unguided one show the disc, so that neither is judged on harder ones; the first draw.
+
+def judge_arms(study: Study, trials: Trials) -> list[dict]:
+    """The rows of `arm_rows` on all cases of `trials`, the best set against random heads and the best control.
+
+    shared: of these three, both errors on the frames where the guided clip and the unguided one show the disc, so that
+    neither is judged on harder ones; the first draw.
     """
     require_disjoint(study.trials("selection"), trials)
     arms, chosen, best, control = arms_of(study)
-    found = measure(trials, arms)
     random = next(name for name in arms if name.endswith("random, as best"))
-    settings = {c.name: c for c in chosen}
+    roles = {best: "best set", control: "best control", random: "random"}
+    rows = arm_rows(measure(trials, arms), arms, chosen, roles)
     plain = generate_trial(trials, Guidance())
-    rows = []
+    for row in rows:
+        if row["role"]:
+            row |= dict(shared=shared_rows(generate_trial(trials, arms[row["method"]][0]), plain, trials))
+    return rows
+
+
+def arm_rows(
+    found: Mapping[str, ArmResult], arms: Mapping[str, Draws], chosen: Sequence[Chosen], roles: Mapping[str, str]
+) -> list[dict]:
+    """One row a method: its scores, its setting and what it promised where it was chosen, its role.
+
+    relative: difference to unguided as a share of the unguided error. against: of the best set, the paired difference
+    to every method with another role.
+    """
+    settings, rows = {c.name: c for c in chosen}, []
     for name, arm in found.items():
-        row = arm.to_row() | dict(setting=settings[name].setting if name in settings else "")
-        row |= dict(role={best: "best set", control: "best control", random: "random"}.get(name, ""))
+        row = arm.to_row() | dict(setting=settings[name].setting if name in settings else "", role=roles.get(name, ""))
         if name in settings:
             row |= dict(promised=settings[name].promised.to_dict(), heads=heads_text(arms[name]))
         if name != "unguided":
             row |= dict(relative={m: relative_or_none(arm, m) for m in (MOTION, MIXED, PRESENCE)})
-        if name in (best, control, random):
-            row |= dict(shared=shared_rows(generate_trial(trials, arms[name][0]), plain, trials))
-        if name == best:
+        if roles.get(name) == "best set":
             row |= {
                 f"against {other}": {m: paired_difference(arm.values[m], found[other].values[m]).to_dict()
                                      for m in (MOTION, MIXED, PRESENCE)}
-                for other in (random, control)
+                for other in roles if other != name
             }  # fmt: skip
         rows.append(row)
     return rows

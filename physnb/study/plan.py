@@ -42,6 +42,12 @@ INTERVALS = {"all steps": (0.0, 1.0), "first 3 of 5": (0.0, 0.6), "last 3 of 5":
 LOSS_MARGIN = 0.01  # a setting may be chosen if it loses no more than this share of discs, in the mean
 NEGLIGIBLE = 0.05  # an effect whose whole interval is within 5 % of the unguided error is none
 WORTHWHILE = 0.20  # the aim: 20 % less error than unguided
+# The second study: planned when the tables of the first were known, run on cases and noise drawn from this seed alone.
+SECOND_SEED = 4000
+SECOND_SIZES = (1, 2, 4, 8)  # of head sets, up to top_k
+SECOND_WEIGHTS = (1.0, 2.0, 4.0, 8.0)
+SECOND_STEPS = 1  # sampling steps that every method may choose instead of the hunt's
+EXPLORATION = "exploration on cases of the first study"
 
 
 @dataclass(frozen=True)
@@ -222,6 +228,52 @@ HYPOTHESES = (
         "attention",
         "Rank correlation over heads of following with effect, tracking error restored: holds if the interval is below "
         "0 (helpful effects are negative), refuted if above.",
+    ),
+    Hypothesis(
+        "aim, wider choice",
+        "With form, number of heads, strength and sampling steps among the choices, guidance away from the best head "
+        "set lowers the velocity error of discs that are there, out of distribution, by at least 20 %.",
+        EXPLORATION,
+        "wider",
+        "As the aim, on the cases of the second study; unguided clips have the usual number of steps.",
+    ),
+    Hypothesis(
+        "better than random, wider choice",
+        "That set lowers that error more than as many random heads in the same form and setting.",
+        EXPLORATION,
+        "wider",
+        "Paired difference to the mean of 3 random draws: holds below 0, refuted above 0.",
+    ),
+    Hypothesis(
+        "better than controls, wider choice",
+        "That set lowers that error more than the best of the other methods at its own best setting.",
+        EXPLORATION,
+        "wider",
+        "Paired difference to the control with the lowest mean on the selection cases: holds below 0, refuted above 0.",
+    ),
+    Hypothesis(
+        "better than one step",
+        "That set lowers that error more than unguided sampling in one step does.",
+        "the table of sampling steps, which nobody had expected",
+        "wider",
+        "Paired difference to unguided clips of one step: holds below 0, refuted above 0.",
+    ),
+    Hypothesis(
+        "first set again",
+        "The best head set of the first study, at its setting, lowers that error on new cases.",
+        "the first study",
+        "wider",
+        "Paired difference to unguided: holds below 0, refuted above 0.",
+    ),
+    Hypothesis(
+        "pull",
+        "Out of distribution unguided discs move at speeds pulled toward those of training, and guidance away from the "
+        "best set lessens the pull on slow and on fast discs alike: it does not just speed up motion.",
+        EXPLORATION,
+        "pull",
+        "Pull is the error of the speed before impact, positive toward the training range: holds if it is above 0 "
+        "unguided and its paired difference below 0, both for slow and for fast discs; refuted if any of the four is "
+        "on the other side.",
     ),
 )  # fmt: skip
 

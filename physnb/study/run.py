@@ -13,7 +13,7 @@ from typing import Any
 from physnb.config import require, to_json
 from physnb.model import VideoDiT
 from physnb.store import prepare_folder, read_json, write_json
-from physnb.study import final, parts
+from physnb.study import final, parts, wider
 from physnb.study.plan import StudyPlan
 from physnb.study.subject import Study, require_words
 from physnb.trials import Executor
@@ -34,6 +34,9 @@ PARTS = {
     "transfer": parts.transfer,
     "contributions": parts.contributions,
     "attention": parts.attention,
+    "wider": wider.wider,
+    "wider_id": wider.wider_id,
+    "pull": wider.pull,
 }
 PLAN_FILE = "plan.json"
 AGREEING = 0.95  # share of estimates that a rerun has to find within the committed intervals

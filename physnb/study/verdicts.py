@@ -63,8 +63,8 @@ def row_of(rows: Sequence[Mapping[str, Any]], **wanted: Any) -> Mapping[str, Any
     return found[0]
 
 
-def aim(tables: Tables) -> tuple[str, str]:
-    best = row_of(tables["final"], role="best set")
+def aim(tables: Tables, part: str = "final") -> tuple[str, str]:
+    best = row_of(tables[part], role="best set")
     change = best["relative"][MOTION]
     numbers = f"{best['method']} ({best['heads']}; {best['setting']}): {said(change)} of the unguided error"
     if change["low"] > -NEGLIGIBLE and change["high"] < NEGLIGIBLE:
@@ -74,8 +74,8 @@ def aim(tables: Tables) -> tuple[str, str]:
     return (REFUTED if change["low"] > -WORTHWHILE else UNDECIDED), numbers
 
 
-def against(tables: Tables, role: str) -> tuple[str, str]:
-    rows = tables["final"]
+def against(tables: Tables, role: str, part: str = "final") -> tuple[str, str]:
+    rows = tables[part]
     other = row_of(rows, role=role)["method"]
     difference = row_of(rows, role="best set")[f"against {other}"][MOTION]
     return below(difference), f"against {other}: {said(difference)} units/s"
@@ -152,6 +152,24 @@ def attention(tables: Tables) -> tuple[str, str]:
     return below(correlation), said(correlation, 2)
 
 
+def first_set_again(tables: Tables) -> tuple[str, str]:
+    row = row_of(tables["wider"], role="first best set")
+    return below(row[MOTION]["difference"]), f"{said(row['relative'][MOTION])} of the unguided error"
+
+
+def pull(tables: Tables) -> tuple[str, str]:
+    unguided, best = (row_of(tables["pull"], role=role) for role in ("unguided", "best set"))
+    wanted = [(unguided[name], 1) for name in ("slow", "fast")]
+    wanted += [(best[name]["difference"], -1) for name in ("slow", "fast")]
+    # One side of zero for all four: the mirror image of a difference that ought to be below it.
+    turned = [e if sign > 0 else dict(mean=-e["mean"], low=-e["high"], high=-e["low"]) for e, sign in wanted]
+    numbers = "; ".join(
+        f"{name} discs: {said(unguided[name])} units/s unguided, {said(best[name]['difference'])} by guidance"
+        for name in ("slow", "fast")
+    )
+    return side(turned), numbers
+
+
 DECIDE: dict[str, Callable[[Tables], tuple[str, str]]] = {
     "aim": aim,
     "better than random": lambda tables: against(tables, "random"),
@@ -166,4 +184,10 @@ DECIDE: dict[str, Callable[[Tables], tuple[str, str]]] = {
     "transfer": transfer,
     "another training": another_training,
     "attention": attention,
+    "aim, wider choice": lambda tables: aim(tables, "wider"),
+    "better than random, wider choice": lambda tables: against(tables, "random", "wider"),
+    "better than controls, wider choice": lambda tables: against(tables, "best control", "wider"),
+    "better than one step": lambda tables: against(tables, "one step", "wider"),
+    "first set again": first_set_again,
+    "pull": pull,
 }

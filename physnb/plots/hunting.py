@@ -85,5 +85,6 @@ def plot_differences(rows: Sequence[dict], metrics: Mapping[str, str]) -> Figure
                 axis.plot(d["mean"], place, "o", color=colour)
         names = [row["method"] for row in reversed(rows)] if axis is axes[0, 0] else [""] * len(rows)
         axis.set_yticks(range(len(rows)), names)
+        axis.locator_params(axis="x", nbins=4)  # more ticks run into each other
         axis.set(xlabel=f"{metric.replace('_', ' ')}\nminus unguided ({unit})", ylim=(-0.6, len(rows) - 0.4))
     return figure
